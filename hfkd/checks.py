@@ -1,0 +1,124 @@
+"""What is checked before a run starts, so that a mistake costs a message and not an afternoon."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import nn
+from torch.utils.data import Dataset, IterableDataset
+from transformers import TrainingArguments
+
+from hfkd.distillers.base import IGNORE_INDEX, Distiller
+from hfkd.teacher import align_labels, head_looks_new, named_labels
+
+
+def problem_type_of(model: nn.Module) -> str:
+    """``"single_label"`` or ``"regression"``, from the student's configuration.
+
+    Raises:
+        ValueError: For multi-label models, which no method here is defined for.
+    """
+    if model.config.problem_type == "multi_label_classification":
+        raise ValueError("multi-label models are not supported: a sample has one class, or one number")
+    return "regression" if model.config.num_labels == 1 else "single_label"
+
+
+def dataset_labels(dataset: Dataset | None) -> np.ndarray | None:
+    """The labels of a data set without running its transforms, or None where they cannot be had so."""
+    names = getattr(dataset, "column_names", None)
+    if isinstance(names, list):
+        name = next((name for name in ("labels", "label", "label_ids") if name in names), None)
+        return None if name is None else np.asarray(dataset.with_format("numpy")[name][:])
+    labels = getattr(dataset, "labels", None)
+    return None if labels is None else np.asarray(labels)
+
+
+def check_labels(dataset: Dataset, which: str, num_labels: int, problem_type: str, *, training: bool) -> None:
+    """Refuse labels that are no class: outside [0, num_labels), except -100 and, off training, a hidden test's -1."""
+    labels = dataset_labels(dataset)
+    if labels is None or labels.ndim > 1:
+        return
+    if labels.dtype.kind not in "biuf":
+        raise ValueError(f"labels of the {which} set are {labels.dtype}, not numbers: map them to class indices first")
+    labels = labels[labels != IGNORE_INDEX]
+    if problem_type == "regression":
+        if not np.isfinite(labels.astype(np.float64)).all():
+            raise ValueError(f"labels of the {which} set hold NaN or infinity: remove those rows or set them to -100")
+        return
+    if not training:
+        labels = labels[labels != -1]
+    wrong = np.unique(labels[(labels < 0) | (labels >= num_labels) | (labels % 1 != 0)])
+    if len(wrong):
+        raise ValueError(
+            f"labels of the {which} set hold {wrong[:5].tolist()}, but the student has {num_labels} classes, 0 to "
+            f"{num_labels - 1}: give the student num_labels={int(max(wrong.max() + 1, num_labels))}, or correct the "
+            "labels (-100 marks an unlabelled sample)"
+        )
+
+
+def check_columns(dataset: Dataset | None, distiller: Distiller) -> None:
+    """Refuse a training set that lacks a column the distiller asks for."""
+    if dataset is None or not distiller.batch_columns:
+        return
+    name = type(distiller).__name__
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
+        raise ValueError(
+            f"{name} looks samples up by {', '.join(distiller.batch_columns)}, and an IterableDataset has no fixed "
+            "rows: use a map-style dataset"
+        )
+    columns = getattr(dataset, "column_names", None)
+    columns = columns if isinstance(columns, list) else list(dataset[0])
+    if missing := [column for column in distiller.batch_columns if column not in columns]:
+        remedy = 'add it with dataset.add_column("index", list(range(len(dataset))))' if "index" in missing else ""
+        raise ValueError(f"the training set has no column {', '.join(missing)}, which {name} needs: {remedy or 'add it'}")
+
+
+def check_teacher(teacher: nn.Module, student: nn.Module, distiller: Distiller) -> list[int] | None:
+    """Refuse a teacher of other classes or with a fresh head; return the order that maps its classes to the student's."""
+    if teacher is student:
+        raise ValueError("teacher and student are the same object: pass copy.deepcopy(student) as the teacher")
+    if not hasattr(teacher, "config"):
+        raise ValueError(f"the teacher ({type(teacher).__name__}) has no config: wrap it as a PreTrainedModel")
+    if teacher.config.num_labels != student.config.num_labels:
+        raise ValueError(
+            f"the teacher has {teacher.config.num_labels} classes and the student {student.config.num_labels}: "
+            "distil between models of the same classes (num_labels=, id2label=)"
+        )
+    if not distiller.trains_teacher and head_looks_new(teacher):
+        raise ValueError(
+            f"the classifier of the teacher ({type(teacher).__name__}) is freshly initialised: it would teach noise. "
+            "Fine-tune it first (in the examples: --train_teacher), or load a checkpoint with its head"
+        )
+    if teacher.config.num_labels == 1:
+        return None
+    return align_labels(named_labels(student.config), named_labels(teacher.config), whose="the teacher")
+
+
+def check_processes(args: TrainingArguments, accelerator: Accelerator) -> None:
+    """Refuse to run when what was asked for of Accelerate is not what is active."""
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if world_size > 1 and accelerator.num_processes == 1:
+        raise RuntimeError(
+            f"{world_size} processes were launched, but each would train alone and write the same folder: "
+            "on a machine without GPU add --use_cpu to the script's own flags"
+        )
+    engines = {
+        DistributedType.FSDP: bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1"),
+        DistributedType.DEEPSPEED: bool(args.deepspeed)
+        or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("true", "1"),
+    }
+    for engine, wanted in engines.items():
+        if wanted and accelerator.distributed_type != engine:
+            raise RuntimeError(
+                f"{engine.value} was asked for, but {accelerator.distributed_type.value} is active: it needs a GPU. "
+                "Drop its options to run on this machine"
+            )
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise RuntimeError(
+            f"{accelerator.distributed_type.value} is not supported yet: use plain data parallelism "
+            "(accelerate launch --multi_gpu)"
+        )

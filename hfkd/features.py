@@ -1,0 +1,137 @@
+"""Running a model on its share of a batch, and capturing inner outputs by module path."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from hfkd.distillers.base import ModelOutputs
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The model inside a PEFT wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+
+
+@functools.lru_cache(maxsize=None)
+def _forward_parameters(model_class: type[nn.Module]) -> tuple[str, ...]:
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = inspect.signature(model_class.forward).parameters.values()
+    return tuple(p.name for p in parameters if p.kind in kinds and p.name not in ("self", "labels", "return_dict"))
+
+
+def input_names(model: nn.Module) -> tuple[str, ...]:
+    """The inputs that a model's forward names, without labels."""
+    return _forward_parameters(type(base_model(model)))
+
+
+def select_inputs(model: nn.Module, batch: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+    """The part of a batch that a model takes; a column ``prefix + name`` goes before ``name``."""
+    inputs = {}
+    for name in input_names(model):
+        if prefix and prefix + name in batch:
+            inputs[name] = batch[prefix + name]
+        elif name in batch:
+            inputs[name] = batch[name]
+    return inputs
+
+
+def find_module(model: nn.Module, path: str) -> nn.Module:
+    """The submodule at a path.
+
+    Raises:
+        ValueError: If there is none; names the nearest paths.
+    """
+    modules = dict(model.named_modules())
+    if path not in modules:
+        near = difflib.get_close_matches(path, modules, n=5, cutoff=0.3)
+        raise ValueError(
+            f"{type(model).__name__} has no module {path!r}; near it are {', '.join(near) or 'none'}. "
+            "All paths: [name for name, _ in model.named_modules()]"
+        )
+    return modules[path]
+
+
+def _first_tensor(output) -> Tensor:
+    if isinstance(output, Mapping):
+        output = tuple(output.values())
+    return _first_tensor(output[0]) if isinstance(output, (tuple, list)) else output
+
+
+@contextmanager
+def capture(model: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Collect what passes through the modules at ``paths`` while the context is open.
+
+    Args:
+        model: The model that is run inside the context.
+        paths: Module paths; ``"path:input"`` for the module's first input instead of its (first) output.
+
+    Yields:
+        A dictionary that each forward pass fills, keyed as in ``paths``.
+
+    Raises:
+        ValueError: If a path names no module.
+    """
+    features, handles = {}, []
+
+    def keep(key: str, value) -> None:
+        features[key] = _first_tensor(value)
+
+    try:
+        for key in paths:
+            path, _, side = key.partition(":")
+            module = find_module(base_model(model), path)
+            if side == "input":
+                handles.append(module.register_forward_pre_hook(lambda _, args, key=key: keep(key, args)))
+            else:
+                handles.append(module.register_forward_hook(lambda _, args, output, key=key: keep(key, output)))
+        yield features
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def run_model(
+    model: nn.Module, batch: Mapping[str, Tensor], *, layers: Sequence[str] = (), prefix: str = ""
+) -> ModelOutputs:
+    """Run a model on its columns of a batch.
+
+    Args:
+        model: Any model with ``logits`` in its output.
+        batch: Columns by name; those the model does not take are left aside.
+        layers: Module paths to capture.
+        prefix: Columns with this prefix go before those without.
+
+    Returns:
+        Logits and features, in the precision of the model.
+    """
+    inputs = select_inputs(model, batch, prefix)
+    if not layers:
+        return ModelOutputs(model(**inputs).logits)
+    with capture(model, layers) as features:
+        logits = model(**inputs).logits
+    return ModelOutputs(logits, features=features)
+
+
+def _full_precision(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def in_float32(outputs: ModelOutputs) -> ModelOutputs:
+    """The same outputs, half precision widened to float32."""
+    features = {name: _full_precision(feature) for name, feature in outputs.features.items()}
+    return replace(outputs, logits=_full_precision(outputs.logits), features=features)
+
+
+def detached(outputs: ModelOutputs) -> ModelOutputs:
+    """The same outputs without gradient."""
+    task_logits = None if outputs.task_logits is None else outputs.task_logits.detach()
+    features = {name: feature.detach() for name, feature in outputs.features.items()}
+    return ModelOutputs(outputs.logits.detach(), task_logits, features)

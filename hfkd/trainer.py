@@ -1,0 +1,472 @@
+"""The trainer: a frozen teacher outside, everything that learns in one module that is wrapped once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset, Subset
+from tqdm.auto import tqdm
+from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainerCallback
+
+from hfkd.checks import (
+    check_columns,
+    check_labels,
+    check_processes,
+    check_teacher,
+    dataset_labels,
+    problem_type_of,
+)
+from hfkd.context import DistillationContext
+from hfkd.data import DistillationCollator
+from hfkd.distillers import KD, Distiller, ModelOutputs, StudentAlone
+from hfkd.distillers.base import IGNORE_INDEX, HardLabelLoss, autocast_off, weighted_mean
+from hfkd.features import detached, find_module, in_float32, input_names, run_model
+from hfkd.modelcard import write_model_card
+from hfkd.teacher import Teacher
+from hfkd.training_args import DistillationTrainingArguments
+
+
+DISTILLER_NAME = "distiller.safetensors"
+TEACHER_FOLDER = "teacher"
+
+
+class _DistillationModule(nn.Module):
+    """Everything that trains: the student, the distiller and, where it learns too, the teacher.
+
+    Made just before Accelerate wraps it, so that gradient zeroing, clipping, accumulation, DDP and mixed precision
+    cover all of it with no special case.
+    """
+
+    def __init__(self, student: nn.Module, distiller: Distiller, teacher: nn.Module | None = None):
+        super().__init__()
+        self.student, self.distiller, self.teacher = student, distiller, teacher
+        # Every process writes a distiller's buffers alike; DDP would overwrite them from process 0 at each forward.
+        self._ddp_params_and_buffers_to_ignore = [f"distiller.{name}" for name, _ in distiller.named_buffers()]
+
+    def forward(
+        self, batch: Mapping[str, Tensor], teacher: ModelOutputs | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss, a scalar, and its named terms reduced over the batch, without gradient."""
+        student = in_float32(run_model(self.student, batch, layers=self.distiller.student_layers))
+        live_teacher = None
+        if self.teacher is not None:
+            layers = self.distiller.teacher_layers
+            live_teacher = in_float32(run_model(self.teacher, batch, layers=layers, prefix="teacher_"))
+            teacher = detached(live_teacher)
+        elif teacher is not None:
+            teacher = in_float32(teacher)
+        with autocast_off(student.logits.device):
+            student.task_logits = self.distiller.task_logits(student)
+            terms = self.distiller(student, teacher, batch)
+            if live_teacher is not None:
+                terms = {**terms, **self.distiller.teacher_terms(live_teacher, detached(student), batch)}
+            weight = batch.get("sample_weight")
+            terms = {name: weighted_mean(term, name, weight) for name, term in terms.items()}
+            loss = torch.stack(list(terms.values())).sum()
+        return loss, {name: term.detach() for name, term in terms.items()}
+
+    def predict(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """The scores that evaluation uses, (B, C), in float32."""
+        student = in_float32(run_model(self.student, batch))
+        with autocast_off(student.logits.device):
+            return self.distiller.task_logits(student)
+
+
+class _Hooks(TrainerCallback):
+    """Hands the trainer's events to the distiller."""
+
+    def __init__(self, trainer: DistillationTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer._report_teacher()
+        self.trainer.distiller.on_train_begin(self.trainer.context)
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        # Accelerate's sharded loader sets the epoch of a seedable sampler and then leaves the dataset out.
+        set_epoch = getattr(self.trainer.train_dataset, "set_epoch", None)
+        if set_epoch is not None:
+            set_epoch(self.trainer.context.epoch)
+        self.trainer.distiller.on_epoch_begin(self.trainer.context)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trainer.distiller.on_step_end(self.trainer.context)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.trainer.distiller.on_train_end(self.trainer.context)
+
+
+class DistillationTrainer(Trainer):
+    """A ``transformers.Trainer`` whose model learns from a teacher.
+
+    ``trainer.model`` is always the plain student: it is saved, pushed and evaluated as any other model.
+
+    Args:
+        model: The student.
+        teacher_model: A frozen classifier over the same classes; None trains the student alone, unless the distiller
+            brings a teacher of its own.
+        distiller: The method; with a teacher :class:`~hfkd.distillers.KD` by default.
+        args: Training arguments.
+        data_collator: By default :class:`~hfkd.data.DistillationCollator`, which also pads ``teacher_…`` columns.
+        train_dataset: Rows with the models' inputs, ``labels`` (-100: unlabelled) and, for methods that ask for it,
+            ``index``.
+        eval_dataset: The validation set, or several by name.
+        held_out_dataset: A split for methods that need one, such as influence weights.
+        processing_class: The student's tokenizer or image processor; saved with it.
+        teacher_processing_class: The teacher's, where it differs.
+        compute_metrics: As in ``transformers.Trainer``; also reports the teacher's score before the first step.
+        callbacks: As in ``transformers.Trainer``.
+        optimizers: As in ``transformers.Trainer``; a distiller's parameters are added as a group of their own.
+        **kwargs: Further arguments of ``transformers.Trainer``, except ``compute_loss_func`` and ``model_init``.
+
+    Raises:
+        ValueError: If teacher, student, data and distiller do not fit; the message names the remedy.
+    """
+
+    loss_is_scaled_for_ga = False
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        teacher_model: nn.Module | None = None,
+        distiller: Distiller | None = None,
+        args: DistillationTrainingArguments | None = None,
+        data_collator: Callable | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        held_out_dataset: Dataset | None = None,
+        processing_class: Any = None,
+        teacher_processing_class: Any = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple = (None, None),
+        **kwargs,
+    ):
+        for name, remedy in (
+            ("compute_loss_func", "write a Distiller: its forward returns the terms of the loss"),
+            ("model_init", "pass the student as model="),
+        ):
+            if kwargs.pop(name, None) is not None:
+                raise ValueError(f"DistillationTrainer takes no {name}: {remedy}")
+        if distiller is None:
+            distiller = StudentAlone() if teacher_model is None else KD()
+        if not isinstance(distiller, Distiller):
+            raise TypeError(f"distiller must be a Distiller, got {type(distiller).__name__}: pass KD(), not its name")
+        args = args if args is not None else DistillationTrainingArguments("tmp_trainer")
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs are visible to one process, which transformers would run as nn.DataParallel, whose "
+                "replicas lose buffer writes: start with `accelerate launch` or torchrun, or set CUDA_VISIBLE_DEVICES=0"
+            )
+        if teacher_model is not None and not distiller.needs_teacher:
+            raise ValueError(f"{type(distiller).__name__} uses no teacher: leave out teacher_model, or choose KD()")
+
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator or DistillationCollator(processing_class, teacher_processing_class),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            **kwargs,
+        )
+        # transformers before 5.20 has no `loss_is_scaled_for_ga` and asks this instead.
+        self.model_accepts_loss_kwargs = False
+        check_processes(self.args, self.accelerator)
+
+        self.held_out_dataset = held_out_dataset
+        self.problem_type = problem_type_of(model)
+        if self.problem_type not in distiller.problem_types:
+            raise ValueError(
+                f"{type(distiller).__name__} is not defined for {self.problem_type} problems "
+                f"(only {', '.join(distiller.problem_types)}): use KD(), which is"
+            )
+        if distiller.needs_hard_labels and getattr(train_dataset, "soft_labels", False):
+            raise ValueError(f"{type(distiller).__name__} needs class indices as labels: turn Mixup and CutMix off")
+        labels = dataset_labels(train_dataset)
+        for which, dataset in {"train": train_dataset, **self._eval_datasets()}.items():
+            check_labels(dataset, which, model.config.num_labels, self.problem_type, training=which == "train")
+        check_columns(train_dataset, distiller)
+
+        self.label_scale = 1.0
+        if labels is not None and (labelled := int((labels != IGNORE_INDEX).sum())):
+            self.label_scale = len(labels) / labelled
+        elif labels is not None and isinstance(distiller, StudentAlone):
+            raise ValueError("no training sample has a label (all are -100): the student alone has nothing to learn")
+        hard_label_loss = HardLabelLoss(self.problem_type, self.args.label_smoothing_factor, self.label_scale)
+        for part in distiller.modules():
+            if isinstance(part, Distiller):
+                part.hard_label_loss = hard_label_loss
+
+        self.distiller = distiller
+        self.context = DistillationContext(self)
+        made = distiller.make_teacher(model)
+        if made is not None and teacher_model is not None:
+            raise ValueError(f"{type(distiller).__name__} brings its own teacher: leave out teacher_model")
+        if made is None and teacher_model is None and distiller.needs_teacher:
+            raise ValueError(f"{type(distiller).__name__} needs a teacher: pass teacher_model=")
+        if distiller.trains_teacher or made is not None:
+            self._saves_teacher = True
+        else:
+            self._saves_teacher = False
+        self.teacher_model = made if made is not None else teacher_model
+        self.teacher = None
+        if self.teacher_model is not None:
+            label_order = None if made is not None else check_teacher(self.teacher_model, model, distiller)
+            for path in distiller.teacher_layers:
+                find_module(self.teacher_model, path.partition(":")[0])
+            if distiller.trains_teacher:
+                if label_order is not None:
+                    raise ValueError("a teacher that is trained must have the student's classes in the same order")
+                self.teacher_model.to(self.args.device)
+            else:
+                dtype = getattr(self.args, "teacher_dtype", None)
+                self.teacher = Teacher(
+                    self.teacher_model,
+                    layers=distiller.teacher_layers,
+                    label_order=label_order,
+                    dtype=getattr(torch, dtype) if dtype else None,
+                    device=self.args.device,
+                )
+        for path in distiller.student_layers:
+            find_module(model, path.partition(":")[0])
+
+        with torch.random.fork_rng():
+            torch.manual_seed(self.args.seed)
+            distiller.setup(self.context)
+        distiller.to(self.args.device)
+        self._module = _DistillationModule(model, distiller, self.teacher_model if distiller.trains_teacher else None)
+        if any(True for _ in distiller.parameters()) and self.optimizer is not None and self.lr_scheduler is not None:
+            raise ValueError(
+                f"{type(distiller).__name__} has parameters of its own, which the given scheduler does not know: "
+                "pass optimizers=(optimizer, None), or neither"
+            )
+        self._term_sums: dict[str, Tensor] = {}
+        self._term_count = 0
+        self.add_callback(_Hooks(self))
+
+    def _eval_datasets(self) -> dict[str, Dataset]:
+        if self.eval_dataset is None:
+            return {}
+        return self.eval_dataset if isinstance(self.eval_dataset, dict) else {"evaluation": self.eval_dataset}
+
+    # Wrapping and optimizer
+
+    def _wrap_model(self, model, training=True, dataloader=None):
+        if not training:
+            return self._module
+        wrapped_before = isinstance(
+            self.accelerator.unwrap_model(model, keep_torch_compile=False), _DistillationModule
+        )
+        return self.accelerator.prepare(model if wrapped_before else self._module)
+
+    def autocast_smart_context_manager(self, cache_enabled=True):
+        # The frozen teacher runs outside the prepared module, and evaluation may run before anything is prepared.
+        return self.accelerator.autocast()
+
+    def create_optimizer(self, model=None):
+        if model is None:
+            model = self.model
+            if self._module.teacher is not None:
+                model = nn.ModuleDict({"student": self.model, "teacher": self._module.teacher})
+        optimizer = super().create_optimizer(model)
+        known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for group in self._distiller_groups():
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in known]
+            if group["params"]:
+                optimizer.add_param_group(group)
+        return optimizer
+
+    def _distiller_groups(self) -> list[dict[str, Any]]:
+        """Parameter groups of the distiller: its own learning rate, no decay of scalars and vectors."""
+        learning_rate = {}
+        for part in self.distiller.modules():
+            if isinstance(part, Distiller):
+                own = getattr(self.args, "distiller_learning_rate", None)
+                own = own or part.default_learning_rate or self.args.learning_rate
+                learning_rate.update((parameter, own) for parameter in part.parameters() if parameter.requires_grad)
+        groups: dict[tuple[float, float], list[Tensor]] = {}
+        for parameter, rate in learning_rate.items():
+            decay = self.args.weight_decay if parameter.ndim > 1 else 0.0
+            groups.setdefault((rate, decay), []).append(parameter)
+        return [{"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in groups.items()]
+
+    # Columns
+
+    def _set_signature_columns_if_needed(self):
+        if self._signature_columns is None:
+            super()._set_signature_columns_if_needed()
+            names = [*input_names(self.model), *self.distiller.batch_columns, "index", "sample_weight"]
+            if self.teacher_model is not None:
+                teacher_names = input_names(self.teacher_model)
+                names += [*teacher_names, *(f"teacher_{name}" for name in teacher_names)]
+            self._signature_columns = list(dict.fromkeys([*self._signature_columns, *names]))
+
+    def _get_collator_with_removed_columns(self, data_collator, description=None):
+        by_sample = super()._get_collator_with_removed_columns(data_collator, description)
+        # Datasets with `__getitems__` hand over finished batches.
+        return lambda features: (data_collator if isinstance(features, Mapping) else by_sample)(features)
+
+    # Steps
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        batch = self._with_labels(inputs)
+        teacher = None if self.teacher is None else self.teacher(batch)
+        loss, terms = model(batch, teacher)
+        for name, term in terms.items():
+            self._term_sums[name] = self._term_sums[name] + term if name in self._term_sums else term
+        self._term_count += 1
+        return (loss, terms) if return_outputs else loss
+
+    def _with_labels(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        batch = dict(inputs)
+        if "labels" not in batch:
+            first = next(value for value in batch.values() if isinstance(value, Tensor))
+            batch["labels"] = torch.full((len(first),), IGNORE_INDEX, device=first.device)
+        return batch
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        batch = self._prepare_inputs(inputs)
+        labels = batch.get("labels")
+        module = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            logits = module.predict(batch)
+        loss = None
+        if labels is not None:
+            if self.problem_type == "single_label" and not labels.is_floating_point():
+                labels = labels.masked_fill(labels == -1, IGNORE_INDEX)  # the hidden labels of a benchmark's test set
+            per_sample = HardLabelLoss(self.problem_type)(logits, labels)
+            labelled = (labels != IGNORE_INDEX).sum() if labels.ndim == 1 else len(labels)
+            loss = per_sample.sum() / labelled
+        return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
+
+    # Logging
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs and self._term_count:
+            names = list(self._term_sums)
+            means = torch.stack([self._term_sums[name] for name in names]) / self._term_count
+            logs.update(zip(names, self.accelerator.reduce(means, "mean").tolist(), strict=True))
+            self._term_sums, self._term_count = {}, 0
+        super().log(logs, start_time)
+
+    def _report_teacher(self) -> None:
+        if self.label_scale != 1:
+            self.log({"label_scale": self.label_scale})
+        if self.teacher is not None and not self._saves_teacher and self.eval_dataset is not None:
+            self.log({f"teacher_{name}": value for name, value in self.evaluate_teacher(max_samples=1000).items()})
+
+    def evaluate_teacher(self, dataset: Dataset | None = None, max_samples: int | None = None) -> dict[str, float]:
+        """Score the frozen teacher as the student is scored.
+
+        Args:
+            dataset: What to score it on; the (first) evaluation set by default.
+            max_samples: At most so many samples, evenly spread over the set.
+
+        Returns:
+            What ``compute_metrics`` returns, or the accuracy (regression: the mean squared error); nothing where no
+            sample has a label.
+
+        Raises:
+            ValueError: If there is no frozen teacher or no data set.
+        """
+        if self.teacher is None:
+            raise ValueError("there is no frozen teacher to evaluate")
+        if dataset is None:
+            dataset = next(iter(self._eval_datasets().values()), None)
+        if dataset is None:
+            raise ValueError("pass a dataset: the trainer has no eval_dataset")
+        if max_samples is not None and len(dataset) > max_samples:
+            chosen = torch.linspace(0, len(dataset) - 1, max_samples).long().tolist()
+            dataset = dataset.select(chosen) if hasattr(dataset, "select") else Subset(dataset, chosen)
+        predictions, labels = [], []
+        with torch.random.fork_rng(), self.compute_loss_context_manager():
+            loader = self.get_test_dataloader(dataset)
+            hidden = self.args.disable_tqdm or not self.is_world_process_zero()
+            for batch in tqdm(loader, desc="Teacher", disable=hidden, leave=False):
+                batch = self._with_labels(self._prepare_inputs(batch))
+                logits = in_float32(self.teacher(batch)).logits
+                logits, batch_labels = self.accelerator.gather_for_metrics((logits, batch["labels"]))
+                predictions.append(logits.cpu())
+                labels.append(batch_labels.cpu())
+        predictions, labels = torch.cat(predictions).numpy(), torch.cat(labels).numpy()
+        known = labels >= 0 if self.problem_type == "single_label" else labels != IGNORE_INDEX
+        if not known.any():
+            return {}
+        if self.compute_metrics is not None:
+            return self.compute_metrics(EvalPrediction(predictions, labels))
+        if self.problem_type == "regression":
+            return {"mse": float(((predictions.squeeze(-1) - labels)[known] ** 2).mean())}
+        return {"accuracy": float((predictions.argmax(-1) == labels)[known].mean())}
+
+    # Saving and resuming
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        super()._save_optimizer_and_scheduler(output_dir)
+        if not self.args.should_save:
+            return
+        state = {name: tensor.contiguous() for name, tensor in self.distiller.state_dict().items()}
+        if state:
+            safetensors.torch.save_file(state, os.path.join(output_dir, DISTILLER_NAME))
+        if self._saves_teacher:
+            self.teacher_model.save_pretrained(os.path.join(output_dir, TEACHER_FOLDER))
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self._load_distiller(checkpoint)
+
+    def _load_distiller(self, checkpoint: str) -> None:
+        path = Path(checkpoint, DISTILLER_NAME)
+        if self.distiller.state_dict():
+            if not path.is_file():
+                raise FileNotFoundError(
+                    f"{path} is missing, and {type(self.distiller).__name__} has state to restore: the checkpoint is "
+                    "incomplete, from another method, or was saved with save_only_model=True"
+                )
+            self.distiller.load_state_dict(safetensors.torch.load_file(path, device=str(self.args.device)))
+        if self._saves_teacher:
+            load_weights(self.teacher_model, os.path.join(checkpoint, TEACHER_FOLDER))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if isinstance(self.model, PreTrainedModel):
+            load_weights(self.model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self):
+        if isinstance(self.model, PreTrainedModel):
+            load_weights(self.model, self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
+        if not self.args.save_only_model:
+            self._load_distiller(self.state.best_model_checkpoint)
+
+    def create_model_card(self, *args, **kwargs):
+        if self.is_world_process_zero():
+            write_model_card(self, *args, **kwargs)
+
+
+def load_weights(model: PreTrainedModel, folder: str) -> None:
+    """Load saved weights into a model that exists, by way of ``from_pretrained``.
+
+    The stock reload reads the file as it is and is not strict; for models whose tensors ``save_pretrained`` writes
+    under older names (ViT, DeiT, Swin, …; transformers #43701, #48805) it loses them in silence.
+
+    Raises:
+        ValueError: If a tensor is missing in the folder or has another shape.
+    """
+    loaded, info = type(model).from_pretrained(folder, output_loading_info=True, dtype=model.dtype)
+    if lost := [*info["missing_keys"], *info["mismatched_keys"]]:
+        raise ValueError(f"{folder} lacks {len(lost)} tensors of {type(model).__name__}, such as {lost[:3]}")
+    model.load_state_dict(loaded.state_dict())

