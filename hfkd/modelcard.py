@@ -1,5 +1,130 @@
 """The model card of a distilled student."""
-from pathlib import Path
 
-def write_model_card(trainer, *args, **kwargs):
-    Path(trainer.args.output_dir, "README.md").write_text("# student\n")
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import transformers
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from torch import nn
+
+from hfkd.distillers.base import Distiller
+
+
+if TYPE_CHECKING:
+    from hfkd.trainer import DistillationTrainer
+
+_SETTINGS = ("learning_rate", "optim", "optim_args", "lr_scheduler_type", "weight_decay", "num_train_epochs", "max_steps",
+             "per_device_train_batch_size", "gradient_accumulation_steps", "label_smoothing_factor", "bf16", "fp16", "seed",
+             "data_seed")  # fmt: skip
+
+
+def describe(distiller: Distiller) -> str:
+    """A distiller as the call that makes it: ``KD(alpha=0.9, temperature=4.0)``."""
+    names = [name for name in inspect.signature(type(distiller).__init__).parameters if name != "self"]
+    values = {name: getattr(distiller, name) for name in names if hasattr(distiller, name)}
+    shown = (f"{k}={describe(v) if isinstance(v, Distiller) else repr(v)}" for k, v in values.items()
+             if isinstance(v, (bool, int, float, str, tuple, Distiller, type(None))))  # fmt: skip
+    return f"{type(distiller).__name__}({', '.join(shown)})"
+
+
+def public_name(model: nn.Module) -> str:
+    """What to call a model in public: its Hub id, or the last part of a local path, or its class."""
+    name = getattr(model.config, "name_or_path", "") or type(model).__name__
+    return os.path.basename(os.path.normpath(name)) if os.path.isabs(name) or os.path.exists(name) else name
+
+
+def write_model_card(
+    trainer: DistillationTrainer,
+    *,
+    model_name: str | None = None,
+    language: str | None = None,
+    license: str | None = None,
+    tags: str | Sequence[str] | None = None,
+    finetuned_from: str | None = None,
+    tasks: str | Sequence[str] | None = None,
+    dataset_tags: str | Sequence[str] | None = None,
+    dataset: str | Sequence[str] | None = None,
+    dataset_args: str | Sequence[str] | None = None,
+) -> None:
+    """Write ``README.md`` into the output folder: what taught the student, how, and what came of it.
+
+    Args:
+        trainer: A trainer after training; the scores are those it logged last.
+        model_name: Heading; the folder's name by default.
+        language: As in ``transformers.Trainer.create_model_card``, like all that follow.
+        license: Licence of the student.
+        tags: Further tags.
+        finetuned_from: Model whose weights the student started from.
+        tasks: Task such as ``"image-classification"``, for the scores' metadata.
+        dataset_tags: Hub ids of the data.
+        dataset: Name of the data, for the scores' metadata.
+        dataset_args: Configuration of the data.
+    """
+
+    def first(value):
+        return value if value is None or isinstance(value, str) else next(iter(value), None)
+
+    folder = Path(trainer.args.output_dir)
+    model_name = model_name or folder.resolve().name
+    scores: dict[str, float] = {}
+    for entry in trainer.state.log_history:
+        scores.update({name: value for name, value in entry.items() if name.startswith(("eval_", "test_", "teacher_"))})
+    skipped = ("_runtime", "_per_second", "_time")
+    scores = {name: value for name, value in scores.items() if not name.endswith(skipped)}
+    split = "test" if any(name.startswith("test_") for name in scores) else "eval"
+    own = {name.removeprefix(f"{split}_"): value for name, value in scores.items() if name.startswith(f"{split}_")}
+
+    results = None
+    if first(dataset) and first(tasks) and own:
+        results = [
+            EvalResult(
+                task_type=first(tasks),
+                dataset_type=first(dataset_tags) or first(dataset),
+                dataset_name=first(dataset),
+                dataset_args=first(dataset_args),
+                metric_type=name,
+                metric_value=value,
+            )
+            for name, value in own.items()
+            if name != "loss"
+        ]
+    data = ModelCardData(
+        language=language,
+        license=license,
+        library_name="transformers",
+        pipeline_tag=first(tasks),
+        base_model=finetuned_from,
+        datasets=[dataset_tags] if isinstance(dataset_tags, str) else dataset_tags,
+        tags=["knowledge-distillation", "hfkd", *([tags] if isinstance(tags, str) else tags or [])],
+        model_name=model_name,
+        eval_results=results or None,
+    )
+
+    student, teacher = trainer.model, trainer.teacher_model
+    parameters = sum(p.numel() for p in student.parameters())
+    text = [f"# {model_name}", ""]
+    if teacher is None:
+        text += [f"{type(student).__name__} with {parameters:,} parameters, trained without a teacher."]
+    else:
+        teacher_parameters = sum(p.numel() for p in teacher.parameters())
+        text += [
+            f"{type(student).__name__} with {parameters:,} parameters, taught by "
+            f"`{public_name(teacher)}` with {teacher_parameters:,}."
+        ]
+    text += ["", f"Method: `{describe(trainer.distiller)}`, through hfkd.", ""]
+    if scores:
+        text += ["| score | value |", "|---|---|", *(f"| {k} | {v:.4f} |" for k, v in scores.items()), ""]
+        text += ["Scores are those of the last epoch; `teacher_` before training is on at most 1,000 samples.", ""]
+    text += ["## Training", "", "| setting | value |", "|---|---|"]
+    settings = {name: getattr(trainer.args, name) for name in _SETTINGS}
+    text += [f"| {name} | {getattr(value, 'value', value)} |" for name, value in settings.items() if value is not None]
+    text += ["", f"transformers {transformers.__version__}, torch {torch.__version__}.", ""]
+    folder.mkdir(parents=True, exist_ok=True)
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(text))
+    card.save(folder / "README.md")

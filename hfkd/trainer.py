@@ -27,7 +27,7 @@ from hfkd.context import DistillationContext
 from hfkd.data import DistillationCollator
 from hfkd.distillers import KD, Distiller, ModelOutputs, StudentAlone
 from hfkd.distillers.base import IGNORE_INDEX, HardLabelLoss, autocast_off, weighted_mean
-from hfkd.features import detached, find_module, in_float32, input_names, run_model
+from hfkd.features import detached, find_module, in_float32, input_names, run_model, use_channels_last
 from hfkd.modelcard import write_model_card
 from hfkd.teacher import Teacher
 from hfkd.training_args import DistillationTrainingArguments
@@ -238,8 +238,10 @@ class DistillationTrainer(Trainer):
                     dtype=getattr(torch, dtype) if dtype else None,
                     device=self.args.device,
                 )
+            use_channels_last(self.teacher_model)
         for path in distiller.student_layers:
             find_module(model, path.partition(":")[0])
+        use_channels_last(model)
 
         with torch.random.fork_rng():
             torch.manual_seed(self.args.seed)

@@ -1,0 +1,179 @@
+"""Teach a small text classifier with a bigger one, on GLUE or on your own files.
+
+    accelerate launch examples/run_glue_kd.py --task mrpc --teacher MODEL --train_teacher --student_layers 2 \
+        --distiller kd --distiller_kwargs '{"alpha": 0.9, "temperature": 2}' --output_dir outputs/mrpc
+
+The student is cut out of the teacher (--student_layers) or named (--student); without --teacher it learns alone. Own
+data: --train_file train.csv --validation_file dev.csv. Also from a file, which flags override: python
+examples/run_glue_kd.py config.yaml --seed 1. With --do_predict the splits without labels get a file of predictions in
+GLUE's format. Two processes on a machine without GPU: torchrun --nproc_per_node 2 examples/run_glue_kd.py … --use_cpu
+
+The score "test" is on GLUE's official validation set; "eval" is on a part cut off from train.
+"""
+
+import copy
+import json
+import os
+from dataclasses import dataclass, field
+
+from transformers import AutoTokenizer, set_seed
+
+from hfkd import DistillationTrainer, DistillationTrainingArguments
+from hfkd.cli import parse_arguments
+from hfkd.data import load_text_data, tokenize, write_predictions
+from hfkd.distillers import make_distiller
+from hfkd.metrics import compute_metrics
+from hfkd.models import load_model, student_from_teacher
+
+
+@dataclass
+class ModelArguments:
+    teacher: str | None = field(default=None, metadata={"help": "Hub id or local folder."})
+    student: str | None = field(default=None, metadata={"help": "Hub id or local folder; else see student_layers."})
+    student_layers: int = field(default=2, metadata={"help": "Cut the student out of the teacher, with so many layers."})
+    distiller: str | None = field(default=None, metadata={"help": "A method of hfkd.distillers; kd with a teacher."})
+    distiller_kwargs: str = field(default="{}", metadata={"help": "Its arguments, as JSON."})
+    train_teacher: bool = field(default=False, metadata={"help": "Fine-tune the teacher on the same labels first."})
+    teacher_epochs: float | None = field(default=None, metadata={"help": "Epochs of that; as for the student."})
+    teacher_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of that; likewise."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with a Hub id."})
+
+
+@dataclass
+class DataArguments:
+    task: str = field(default="mrpc", metadata={"help": "A GLUE task, or a Hub id."})
+    data_dir: str | None = field(default=None, metadata={"help": "Local folder of parquet files in the Hub's layout."})
+    train_file: str | None = field(default=None, metadata={"help": "Your own CSV or JSON file."})
+    validation_file: str | None = field(default=None, metadata={"help": "Likewise; else cut off from train."})
+    test_file: str | None = field(default=None, metadata={"help": "Likewise."})
+    validation_fraction: float = field(default=0.1, metadata={"help": "Share of train cut off for validation."})
+    held_out_fraction: float = field(default=0.0, metadata={"help": "Share cut off for methods that need one."})
+    labels: int | None = field(default=None, metadata={"help": "Keep so many labels; the other samples stay, unlabelled."})
+    label_noise: float = field(default=0.0, metadata={"help": "Share of training labels to corrupt."})
+    noise_type: str = field(default="symmetric", metadata={"help": "symmetric or pair."})
+    split_seed: int = field(default=0, metadata={"help": "Seed of splits, budgets and noise."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use so many training samples."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use so many validation and test samples."})
+    max_length: int = field(default=128, metadata={"help": "Tokens kept of a sample."})
+
+
+@dataclass
+class TrainingArguments(DistillationTrainingArguments):
+    output_dir: str = field(default="outputs/glue_kd", metadata={"help": "Where the student goes."})
+    learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of AdamW."})
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "Training batch on each device."})
+    per_device_eval_batch_size: int = field(default=128, metadata={"help": "Evaluation batch on each device."})
+    num_train_epochs: float = field(default=5, metadata={"help": "Passes over the training set."})
+    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate on validation."})
+    save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint."})
+    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints to keep."})
+    logging_steps: float = field(default=50, metadata={"help": "Steps between log lines."})
+
+
+def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> dict[str, float]:
+    """Train, evaluate on validation and test, save; return what all_results.json holds."""
+    if model_args.teacher is None and model_args.student is None:
+        raise ValueError("name a --student, or a --teacher to cut the student out of")
+    raw = load_text_data(
+        data_args.task,
+        data_dir=data_args.data_dir,
+        train_file=data_args.train_file,
+        validation_file=data_args.validation_file,
+        test_file=data_args.test_file,
+        validation_fraction=data_args.validation_fraction,
+        held_out_fraction=data_args.held_out_fraction,
+        labels=data_args.labels,
+        label_noise=data_args.label_noise,
+        noise_type=data_args.noise_type,
+        seed=data_args.split_seed,
+        max_train_samples=data_args.max_train_samples,
+        max_eval_samples=data_args.max_eval_samples,
+    )
+
+    def load(name, **kwargs):
+        return load_model(
+            name, task="text-classification", trust_remote_code=model_args.trust_remote_code, **kwargs
+        )
+
+    def trainer_for(model, data, tokenizer, args, **kwargs):
+        return DistillationTrainer(
+            model,
+            args=args,
+            train_dataset=data.train,
+            eval_dataset=data.validation,
+            held_out_dataset=data.held_out,
+            processing_class=tokenizer,
+            compute_metrics=compute_metrics(data.task),
+            **kwargs,
+        )
+
+    classes = {"label_names": raw.label_names, "num_labels": raw.num_labels}
+    teacher = teacher_tokenizer = None
+    if model_args.teacher is not None:
+        set_seed(args.seed)
+        teacher_tokenizer = AutoTokenizer.from_pretrained(model_args.teacher)
+        if model_args.train_teacher:
+            teacher = load(model_args.teacher, **classes)
+            teacher_args = copy.copy(args)
+            teacher_args.output_dir = os.path.join(args.output_dir, "teacher")
+            teacher_args.num_train_epochs = model_args.teacher_epochs or args.num_train_epochs
+            teacher_args.learning_rate = model_args.teacher_learning_rate or args.learning_rate
+            teacher_args.push_to_hub, teacher_args.resume_from_checkpoint = False, None
+            data = tokenize(raw, teacher_tokenizer, max_length=data_args.max_length)
+            teacher_trainer = trainer_for(teacher, data, teacher_tokenizer, teacher_args)
+            teacher_trainer.train()
+            teacher_trainer.save_model()
+        else:
+            teacher = load(model_args.teacher, refuse_new_head=True)
+
+    set_seed(args.seed)
+    if model_args.student is not None:
+        tokenizer = AutoTokenizer.from_pretrained(model_args.student)
+        student = load(model_args.student, **classes)
+    else:
+        tokenizer = teacher_tokenizer
+        student = student_from_teacher(teacher, num_layers=model_args.student_layers)
+
+    data = tokenize(raw, tokenizer, teacher_tokenizer=teacher_tokenizer, max_length=data_args.max_length)
+    distiller = None
+    if model_args.distiller is not None:
+        distiller = make_distiller(model_args.distiller, **json.loads(model_args.distiller_kwargs))
+    trainer = trainer_for(
+        student,
+        data,
+        tokenizer,
+        args,
+        teacher_model=teacher,
+        distiller=distiller,
+        teacher_processing_class=teacher_tokenizer,
+    )
+
+    results = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics
+    results["world_size"] = args.world_size
+    unlabelled = {}
+    for split, dataset in {"eval": data.validation, "test": data.test, **data.extra}.items():
+        if dataset is None:
+            continue
+        if max(dataset["labels"]) == -100:
+            unlabelled[split] = dataset
+            continue
+        results.update(trainer.evaluate(dataset, metric_key_prefix=split))
+        if teacher is not None:
+            results.update({f"teacher_{split}_{k}": v for k, v in trainer.evaluate_teacher(dataset).items()})
+    if args.do_predict:
+        for split, dataset in unlabelled.items():
+            predictions = trainer.predict(dataset).predictions
+            write_predictions(args.output_dir, split if split in ("ax", "mnli-mm") else data.task, predictions)
+
+    trainer.save_model()
+    trainer.save_state()
+    trainer.log_metrics("all", results)
+    trainer.save_metrics("all", results)
+    trainer.create_model_card(dataset=data.task, tasks="text-classification")
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    return results
+
+
+if __name__ == "__main__":
+    run(*parse_arguments((ModelArguments, DataArguments, TrainingArguments)))

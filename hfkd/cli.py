@@ -1,0 +1,49 @@
+"""Command lines of the examples: flags, or a YAML or JSON file with flags that override it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+from transformers import HfArgumentParser
+
+
+def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str] | None = None) -> tuple:
+    """Fill dataclasses from a command line.
+
+    Args:
+        dataclass_types: What ``HfArgumentParser`` takes.
+        argv: The words after the script's name; those of this process by default. A first word that ends in .yaml,
+            .yml or .json is a file of flags, and the flags behind it override it.
+
+    Returns:
+        One instance a dataclass, in order.
+
+    Raises:
+        ValueError: If the file is not a flat table of flags.
+        FileNotFoundError: If there is no such file.
+        SystemExit: For an unknown flag, as argparse does.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0].endswith((".yaml", ".yml", ".json")):
+        words = [*_words_of_file(Path(words[0])), *words[1:]]
+    return HfArgumentParser(dataclass_types).parse_args_into_dataclasses(args=words)
+
+
+def _words_of_file(path: Path) -> list[str]:
+    try:
+        table = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is neither YAML nor JSON: {error}") from error
+    if not isinstance(table, dict):
+        raise ValueError(f"{path} must hold a table such as `student: resnet20`, one flag a line")
+    words = []
+    for name, value in table.items():
+        if value is None:
+            continue
+        values = value if isinstance(value, list) else [value]
+        words += [f"--{name}", *(json.dumps(v) if isinstance(v, dict) else str(v) for v in values)]
+    return words

@@ -1,0 +1,322 @@
+"""Images as finished batches: decoded once where they are small, augmented and normalised a batch at a time."""
+
+import copy
+
+import datasets
+import numpy as np
+import PIL.Image
+import torch
+import torch.nn.functional as F
+from timm.data import Mixup, rand_augment_transform
+from timm.data.transforms import RandomResizedCropAndInterpolation
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+from transformers import BaseImageProcessor
+from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
+
+from hfkd.data.draws import batch_draw, kept_global_state, sample_draws, seed_global, splitmix
+from hfkd.data.task_data import UNLABELLED
+
+AUGMENTATIONS = (None, "flip", "crop", "crop_flip")
+# Beyond this, decoded images of a whole set no longer fit a usual memory.
+_SMALL = 64
+_GREY_MODES = ("1", "L")
+_GREY_WEIGHTS = (0.299, 0.587, 0.114)
+
+
+class ImageDataset(Dataset):
+    """A split of ``load_image_data`` as finished batches of tensors.
+
+    ``__getitems__`` (which torch's loader calls with a batch's rows) returns ``pixel_values`` (B, C, H, W) float32,
+    ``labels`` (B,) int64, ``index`` (B,) int64, and ``teacher_pixel_values`` if the teacher's processor gives anything
+    else than the student's. Use it with :class:`hfkd.data.DistillationCollator`, which lets batches pass.
+
+    Images of one size, at most 64 x 64, are decoded once into a uint8 array and cropped (after zero padding by an
+    eighth of their size: 4 pixels at 32), flipped and normalised without any Python per sample. Others are decoded in
+    ``__getitems__``, so in the loader's workers; there ``"crop"`` is a random resized crop, and without it the
+    processors resize as in evaluation. Teacher and student always see the same crop.
+
+    Every draw is a pure function of (seed, epoch, index), so it does not depend on the batch, the order, the number
+    of workers or of processes. Mixup's are one of (seed, epoch, the batch's indices). Global generators are left alone.
+
+    Args:
+        split: With the columns ``image``, ``label`` and ``index``.
+        processor: The student's.
+        teacher_processor: The teacher's; None if it is the same.
+        augment: ``"flip"``, ``"crop"``, ``"crop_flip"``, or None for evaluation.
+        rand_augment: RandAugment in timm's notation, such as ``"rand-m9-mstd0.5"``, after crop and flip.
+        mixup_alpha: Mixup on the batch, by timm, if above 0; ``labels`` become (B, num_labels) float32.
+        cutmix_alpha: CutMix, likewise; with both, each batch gets one or the other.
+        num_labels: Number of classes; needed for Mixup and CutMix.
+        seed: Of the draws: a run's ``data_seed``.
+
+    Raises:
+        ValueError: If the split, the augmentation or the labels do not fit.
+    """
+
+    def __init__(
+        self,
+        split: datasets.Dataset,
+        processor: BaseImageProcessor,
+        *,
+        teacher_processor: BaseImageProcessor | None = None,
+        augment: str | None = None,
+        rand_augment: str | None = None,
+        mixup_alpha: float = 0.0,
+        cutmix_alpha: float = 0.0,
+        num_labels: int | None = None,
+        seed: int = 0,
+    ):
+        if augment not in AUGMENTATIONS:
+            raise ValueError(f"unknown augment {augment!r}: use one of {', '.join(map(str, AUGMENTATIONS))}")
+        lacking = {"image", "label", "index"} - set(split.column_names)
+        if lacking:
+            raise ValueError(f"the split lacks {sorted(lacking)}: make it with load_image_data")
+        if not len(split):
+            raise ValueError("the split is empty: it was cut with validation_fraction=0, so there is nothing to load")
+        self.split = split.select_columns("image")
+        columns = split.select_columns(["label", "index"]).with_format("numpy")[:]
+        self.labels, self.index = columns["label"].astype(np.int64), columns["index"].astype(np.int64)
+        if num_labels is not None:
+            known = self.labels[self.labels != UNLABELLED]
+            if len(known) and not 0 <= known.min() <= known.max() < num_labels:
+                raise ValueError(f"labels {known.min()}..{known.max()} do not fit num_labels={num_labels}: raise it")
+        self.augment, self.seed = augment, seed
+        self.mixup = self._make_mixup(mixup_alpha, cutmix_alpha, num_labels)
+        # In shared memory: workers that outlive an epoch must see it change.
+        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+
+        self.pixels = _decode_small(self.split)
+        first = self.split[0]["image"]
+        if self.pixels is None and self.mixup is not None and augment not in ("crop", "crop_flip"):
+            raise ValueError("Mixup needs images of one size and these differ or are large: use augment='crop_flip'")
+        self.views = {"pixel_values": _View(processor, first.height, first.width)}
+        if teacher_processor is not None:
+            teacher = _View(teacher_processor, first.height, first.width)
+            if not teacher.agrees_with(self.views["pixel_values"]):
+                self.views["teacher_pixel_values"] = teacher
+        # The larger of both views; the smaller one is resized from the same crop.
+        size = max((view.size for view in self.views.values()), key=min)
+        self.resized_crop = RandomResizedCropAndInterpolation(size, interpolation="bilinear")
+        self.rand_augment = None
+        if rand_augment is not None:
+            self.rand_augment = self._make_rand_augment(rand_augment, size if self.pixels is None else (first.height,))
+
+    def _make_mixup(self, mixup_alpha: float, cutmix_alpha: float, num_labels: int | None) -> Mixup | None:
+        if mixup_alpha < 0 or cutmix_alpha < 0:
+            raise ValueError(f"mixup_alpha and cutmix_alpha must not be negative, got {mixup_alpha}, {cutmix_alpha}")
+        if not mixup_alpha and not cutmix_alpha:
+            return None
+        if num_labels is None:
+            raise ValueError("Mixup and CutMix mix one-hot labels: pass num_labels")
+        if (self.labels == UNLABELLED).any():
+            raise ValueError(
+                f"{(self.labels == UNLABELLED).sum()} samples have no label to mix: set mixup_alpha and cutmix_alpha "
+                "to 0, or train on the labelled samples alone"
+            )
+        return Mixup(mixup_alpha, cutmix_alpha, label_smoothing=0.0, num_classes=num_labels)
+
+    def _make_rand_augment(self, spec: str, size: tuple[int, ...]):
+        fill = self.views["pixel_values"].mean_colour
+        try:
+            return rand_augment_transform(spec, {"translate_const": int(min(size) * 0.45), "img_mean": fill})
+        except (AssertionError, ValueError) as error:
+            raise ValueError(
+                f"timm cannot read rand_augment={spec!r}: use its notation, such as 'rand-m9-mstd0.5'"
+            ) from error
+
+    @property
+    def column_names(self) -> list[str]:
+        """What a batch holds."""
+        return [*self.views, "labels", "index"]
+
+    def without_augmentation(self) -> "ImageDataset":
+        """The same samples as in evaluation, sharing the decoded images; its epochs are its own."""
+        plain = copy.copy(self)
+        plain.augment = plain.rand_augment = plain.mixup = None
+        plain._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+        return plain
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the draws of an epoch, in this process and in running workers."""
+        self._epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, row: int) -> dict[str, Tensor]:
+        return {name: column[0] for name, column in self.__getitems__([row]).items()}
+
+    def __getitems__(self, rows: list[int]) -> dict[str, Tensor]:
+        rows = np.asarray(rows)
+        draws = sample_draws(self.seed, int(self._epoch), self.index[rows])
+        labels = torch.from_numpy(self.labels[rows])
+        index = torch.from_numpy(self.index[rows])
+        if self.pixels is None and self.augment not in ("crop", "crop_flip"):
+            images = self._decode_large(rows, draws)
+            pixels = {name: view.process(view.convert(images)) for name, view in self.views.items()}
+            return {**pixels, "labels": labels, "index": index}
+        if self.pixels is None:
+            batch = _stack(self._decode_large(rows, draws))
+        else:
+            batch = self._augment_small(self.pixels[rows], draws)
+        if self.mixup is not None:
+            batch, labels = self._mix(batch, labels, draws)
+        finish = _View.normalize if self.pixels is None else _View.__call__
+        return {**{name: finish(view, batch) for name, view in self.views.items()}, "labels": labels, "index": index}
+
+    def _augment_small(self, images: np.ndarray, draws: np.ndarray) -> Tensor:
+        """(B, C, H, W) uint8 in and out."""
+        if self.augment in ("crop", "crop_flip"):
+            batch, channels, height, width = images.shape
+            pad = max(height, width) // 8
+            padded = np.zeros((batch, channels, height + 2 * pad, width + 2 * pad), dtype=np.uint8)
+            padded[:, :, pad : pad + height, pad : pad + width] = images
+            windows = np.lib.stride_tricks.sliding_window_view(padded, (height, width), axis=(2, 3))
+            # With the flip in the lowest bit: one of 162 views at 32 x 32.
+            offset = (draws >> np.uint64(1)) % np.uint64((2 * pad + 1) ** 2)
+            top, left = np.divmod(offset.astype(np.int64), 2 * pad + 1)
+            images = windows[np.arange(batch), :, top, left]
+        if self.augment in ("flip", "crop_flip"):
+            flipped = _flips(draws)
+            images[flipped] = images[flipped, :, :, ::-1]
+        batch = torch.from_numpy(images)
+        if self.rand_augment is None:
+            return batch
+        grey = batch.shape[1] == 1
+        pictures = [PIL.Image.fromarray(image[0] if grey else image.transpose(1, 2, 0)) for image in images]
+        return _stack(self._rand_augment(pictures, draws))
+
+    def _decode_large(self, rows: np.ndarray, draws: np.ndarray) -> list[PIL.Image.Image]:
+        images = [_as_grey_or_rgb(image) for image in self.split[rows]["image"]]
+        if self.augment in ("crop", "crop_flip"):
+            with kept_global_state():
+                for i, draw in enumerate(splitmix(draws)):
+                    seed_global(draw)
+                    images[i] = self.resized_crop(images[i])
+        if self.augment in ("flip", "crop_flip"):
+            for i in np.flatnonzero(_flips(draws)):
+                images[i] = images[i].transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT)
+        return images if self.rand_augment is None else self._rand_augment(images, draws)
+
+    def _rand_augment(self, images: list[PIL.Image.Image], draws: np.ndarray) -> list[PIL.Image.Image]:
+        with kept_global_state():
+            for i, draw in enumerate(draws):
+                seed_global(draw)
+                mode = images[i].mode
+                # Its fill colour has three channels.
+                images[i] = self.rand_augment(images[i].convert("RGB")).convert(mode)
+        return images
+
+    def _mix(self, batch: Tensor, labels: Tensor, draws: np.ndarray) -> tuple[Tensor, Tensor]:
+        batch, size = batch.float(), len(labels)
+        if size % 2:
+            # timm pairs the first sample with the last and refuses an odd number: the first gets itself as partner.
+            batch, labels = torch.cat([batch, batch[:1]]), torch.cat([labels, labels[:1]])
+        with kept_global_state():
+            seed_global(batch_draw(draws))
+            batch, labels = self.mixup(batch, labels)
+        return batch[:size], labels[:size]
+
+
+class _View:
+    """What one model sees: a processor, and what it does to colours and sizes, learnt by showing it images.
+
+    Learnt rather than read from its attributes, since processors name and combine these in many ways.
+    """
+
+    def __init__(self, processor: BaseImageProcessor, height: int, width: int):
+        self.processor = processor
+        if isinstance(processor, TimmWrapperImageProcessor):
+            self.channels = processor.data_config["input_size"][0]
+        else:
+            self.channels = 1 if len(processor.image_mean or ()) == 1 else 3
+        shape = (1, self.channels, height, width)
+        black, white = (self.process(torch.full(shape, value, dtype=torch.uint8)) for value in (0, 255))
+        self.size = tuple(black.shape[-2:])
+        centre = self.size[0] // 2, self.size[1] // 2
+        self.offset = black[0, :, centre[0], centre[1], None, None].clone()
+        self.scale = (white[0, :, centre[0], centre[1], None, None] - self.offset) / 255
+        noise = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+        self.probe = self.process(torch.from_numpy(noise))
+        plain = self._affine(torch.from_numpy(noise))
+        self.is_plain = plain.shape == self.probe.shape and torch.allclose(plain, self.probe, atol=1e-4)
+
+    @property
+    def mean_colour(self) -> tuple[int, int, int]:
+        """The colour that normalisation maps to zero."""
+        mean = (-self.offset / self.scale).flatten().clamp(0, 255).round().int().tolist()
+        return tuple(mean * 3) if self.channels == 1 else tuple(mean)
+
+    def agrees_with(self, other: "_View") -> bool:
+        """Whether both make the same tensor of an image."""
+        return self.probe.shape == other.probe.shape and torch.allclose(self.probe, other.probe, atol=1e-4)
+
+    def process(self, images: Tensor | list[PIL.Image.Image]) -> Tensor:
+        """The processor's own work, as in evaluation: pixels in 0..255 in, (B, C, H, W) float32 out."""
+        if isinstance(images, Tensor) and isinstance(self.processor, TimmWrapperImageProcessor):
+            images = images.float() / 255
+        return self.processor(images=images, return_tensors="pt")["pixel_values"]
+
+    def convert(self, images: list[PIL.Image.Image]) -> list[PIL.Image.Image]:
+        """To the number of channels that the model takes."""
+        return [image.convert("L" if self.channels == 1 else "RGB") for image in images]
+
+    def _convert_batch(self, batch: Tensor) -> Tensor:
+        if batch.shape[1] == self.channels:
+            return batch
+        if self.channels == 3:
+            return batch.expand(-1, 3, -1, -1)
+        return (batch * batch.new_tensor(_GREY_WEIGHTS, dtype=torch.float32).view(3, 1, 1)).sum(1, keepdim=True)
+
+    def _affine(self, batch: Tensor) -> Tensor:
+        return batch.to(torch.float32, copy=True).mul_(self.scale).add_(self.offset)
+
+    def __call__(self, batch: Tensor) -> Tensor:
+        """Pixels of whole images, (B, C, H, W) in 0..255, as the processor gives them."""
+        batch = self._convert_batch(batch)
+        return self._affine(batch) if self.is_plain else self.process(batch)
+
+    def normalize(self, batch: Tensor) -> Tensor:
+        """Pixels of crops, which need no further cropping, at the model's size."""
+        batch = self._convert_batch(batch)
+        if batch.shape[-2:] != self.size:
+            batch = F.interpolate(batch.float(), self.size, mode="bilinear", antialias=True)
+        return self._affine(batch)
+
+
+def _flips(draws: np.ndarray) -> np.ndarray:
+    return (draws & np.uint64(1)).astype(bool)
+
+
+def _as_grey_or_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    return image.convert("L" if image.mode in _GREY_MODES else "RGB")
+
+
+def _stack(images: list[PIL.Image.Image]) -> Tensor:
+    """Images of one size as (B, C, H, W) uint8, in colour unless all are grey."""
+    if any(image.mode != "L" for image in images):
+        arrays = np.stack([np.asarray(image.convert("RGB")) for image in images])
+        return torch.from_numpy(arrays).permute(0, 3, 1, 2)
+    return torch.from_numpy(np.stack([np.asarray(image) for image in images]))[:, None]
+
+
+def _decode_small(split: datasets.Dataset) -> np.ndarray | None:
+    """All images as (N, C, H, W) uint8; None where they are large or differ in size."""
+    first = split[0]["image"]
+    if max(first.size) > _SMALL:
+        return None
+    # Decoding row by row through the feature is twice as fast as through the column.
+    feature, rows = split.features["image"], split.cast_column("image", datasets.Image(decode=False))
+    images = []
+    for start in tqdm(range(0, len(split), 1000), desc="Decoding images", unit="k", disable=len(split) < 5000):
+        batch = [feature.decode_example(value) for value in rows[start : start + 1000]["image"]]
+        if any(image.size != first.size for image in batch):
+            return None
+        images.append([np.asarray(_as_grey_or_rgb(image)) for image in batch])
+    arrays = [array for batch in images for array in batch]
+    if any(array.ndim == 3 for array in arrays):
+        arrays = [array if array.ndim == 3 else np.stack([array] * 3, axis=-1) for array in arrays]
+        return np.ascontiguousarray(np.stack(arrays).transpose(0, 3, 1, 2))
+    return np.stack(arrays)[:, None]

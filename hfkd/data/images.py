@@ -1,0 +1,135 @@
+"""Image data sets by name, from the Hub, or from a local folder."""
+
+from pathlib import Path
+from typing import Literal
+
+import datasets
+import numpy as np
+from datasets import ClassLabel, Dataset, Features, Image
+
+from hfkd.data.sources import existing_folder, load_from_hub, load_parquet_folder
+from hfkd.data.splits import SplitOptions, find_label_column, make_task_data, stratified_rows
+from hfkd.data.task_data import TaskData
+
+HUB_IMAGES = {
+    "cifar10": ("uoft-cs/cifar10", "plain_text"),
+    "cifar100": ("uoft-cs/cifar100", "cifar100"),
+    "svhn": ("ufldl-stanford/svhn", "cropped_digits"),
+}
+
+
+def load_image_data(
+    dataset: str = "digits",
+    *,
+    data_dir: str | Path | None = None,
+    validation_fraction: float = 0.1,
+    held_out_fraction: float = 0.0,
+    labels: int | None = None,
+    label_noise: float = 0.0,
+    noise_type: Literal["symmetric", "pair"] = "symmetric",
+    seed: int = 0,
+    max_train_samples: int | None = None,
+    max_eval_samples: int | None = None,
+    revision: str | None = None,
+) -> TaskData:
+    """Load an image classification set; every split has the columns ``image``, ``label`` and ``index``.
+
+    A set's own test split is ``test``. A set with a validation split and no test split gives that one as ``test``,
+    and ``validation`` is cut from train; with both, both are taken as they are; with neither, ``test`` is None.
+
+    Args:
+        dataset: ``"cifar10"``, ``"cifar100"`` (fine labels), ``"svhn"``, ``"digits"`` (scikit-learn's 1,797 real
+            8x8 images, a fixed fifth of them as test), or a Hub id. With ``data_dir`` any name.
+        data_dir: Folder with ``train*.parquet`` and perhaps ``validation*`` and ``test*`` (also in its ``data`` or the
+            set's subfolder), or with images as ``train/<class>/*.png``, ``test/<class>/*.png``. Images with no class
+            folders are unlabelled.
+        validation_fraction: This and the following: see :class:`hfkd.data.splits.SplitOptions`.
+        held_out_fraction: Idem.
+        labels: Idem.
+        label_noise: Idem.
+        noise_type: Idem.
+        seed: Idem.
+        max_train_samples: Idem.
+        max_eval_samples: Idem.
+        revision: Branch, tag or commit on the Hub.
+
+    Raises:
+        ValueError: If the set is unknown or its columns or labels do not fit.
+        FileNotFoundError: If ``data_dir`` does not exist or holds no images.
+
+    >>> data = load_image_data("digits", labels=100)
+    >>> len(data.train), len(data.validation), len(data.test), data.num_labels
+    (1294, 144, 359, 10)
+    """
+    options = SplitOptions(
+        validation_fraction=validation_fraction,
+        held_out_fraction=held_out_fraction,
+        labels=labels,
+        label_noise=label_noise,
+        noise_type=noise_type,
+        seed=seed,
+        max_train_samples=max_train_samples,
+        max_eval_samples=max_eval_samples,
+    )
+    if data_dir is not None:
+        folder = existing_folder(data_dir)
+        splits = _load_folder(folder, dataset)
+        if dataset == "digits":
+            dataset = folder.resolve().name
+    elif dataset == "digits":
+        splits = _load_digits()
+    elif dataset in HUB_IMAGES:
+        splits = load_from_hub(*HUB_IMAGES[dataset], revision)
+    elif "/" in dataset:
+        splits = load_from_hub(dataset, revision=revision)
+    else:
+        raise ValueError(
+            f"unknown data set {dataset!r}: use {', '.join(HUB_IMAGES)}, digits, a Hub id such as "
+            "'uoft-cs/cifar10', or a local folder as data_dir"
+        )
+    splits = {name: splits[name] for name in ("train", "validation", "test") if name in splits}
+    if "test" not in splits and "validation" in splits:
+        splits["test"] = splits.pop("validation")
+
+    train = splits["train"]
+    images = [name for name, feature in train.features.items() if isinstance(feature, Image)]
+    if len(images) != 1:
+        raise ValueError(
+            f"{dataset} has {len(images)} image columns among {train.column_names}: keep exactly one; for text use "
+            "load_text_data"
+        )
+    data = make_task_data(dataset, splits, {images[0]: "image"}, options)
+    if data.is_regression:
+        raise ValueError(
+            f"column {find_label_column(train)!r} of {dataset} holds real numbers: image regression is not supported, "
+            "number the classes from 0"
+        )
+    return data
+
+
+def _load_folder(folder: Path, dataset: str) -> dict[str, Dataset]:
+    splits = load_parquet_folder(folder, dataset, *(config for _, config in [HUB_IMAGES.get(dataset, ("", "data"))]))
+    if splits:
+        return splits
+    try:
+        splits = dict(datasets.load_dataset("imagefolder", data_dir=str(folder)))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{folder.resolve()} holds neither train*.parquet nor images: use the Hub's parquet layout or "
+            "train/<class>/*.png"
+        ) from error
+    if "train" not in splits:
+        raise FileNotFoundError(f"{folder.resolve()} holds no train split, only {', '.join(splits)}: add train/")
+    return splits
+
+
+def _load_digits() -> dict[str, Dataset]:
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    grey = np.rint(images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    features = Features({"image": Image(), "label": ClassLabel(names=[str(i) for i in range(10)])})
+    whole = Dataset.from_dict({"image": list(grey), "label": labels}, features=features)
+    rows = np.arange(len(labels))
+    test = stratified_rows(labels, rows, len(labels) // 5, np.random.default_rng(0))
+    return {"train": whole.select(np.setdiff1d(rows, test)), "test": whole.select(test)}

@@ -1,0 +1,53 @@
+"""The image processor that fits a model."""
+
+from pathlib import Path
+
+from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedModel, ViTImageProcessor
+from transformers.models.timm_wrapper.configuration_timm_wrapper import TimmWrapperConfig
+from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
+
+
+def processor_for(model: PreTrainedModel, name_or_path: str | Path | None = None) -> BaseImageProcessor:
+    """The image processor with which a model was, or is to be, trained.
+
+    A model of ``hfkd.models`` carries its preprocessing in its config; it gets a ``ViTImageProcessor``, so that
+    ``pipeline("image-classification")`` works on the saved student. With ``num_channels=1`` the processor has one
+    mean and one deviation and takes images of one channel.
+
+    Args:
+        model: One of ``hfkd.models``, a timm model as ``TimmWrapperForImageClassification``, or any transformers
+            image classifier.
+        name_or_path: Where a transformers model's processor lies; by default where the model itself came from.
+
+    Raises:
+        ValueError: If a transformers model has no processor of its own.
+
+    >>> from transformers import ViTConfig, ViTForImageClassification
+    >>> processor_for(ViTForImageClassification(ViTConfig(num_hidden_layers=0)))
+    Traceback (most recent call last):
+    ...
+    ValueError: ViTForImageClassification was not loaded from anywhere: pass name_or_path of the model whose ...
+    """
+    config = model.config
+    if isinstance(config, TimmWrapperConfig):
+        return TimmWrapperImageProcessor(config.pretrained_cfg, architecture=config.architecture)
+    settings = config.to_dict()
+    if "image_mean" in settings:
+        return ViTImageProcessor(
+            size={"height": config.image_size, "width": config.image_size},
+            image_mean=list(config.image_mean),
+            image_std=list(config.image_std),
+        )
+    source = name_or_path or config.name_or_path
+    if not source:
+        raise ValueError(
+            f"{type(model).__name__} was not loaded from anywhere: pass name_or_path of the model whose preprocessing "
+            "it shares (the teacher's, as a rule), or make a ViTImageProcessor(size=..., image_mean=..., image_std=...)"
+        )
+    try:
+        return AutoImageProcessor.from_pretrained(source)
+    except OSError as error:
+        raise ValueError(
+            f"no image processor beside {source} ({error}): save one there with processor.save_pretrained, or pass "
+            "name_or_path of the model whose preprocessing it shares"
+        ) from error

@@ -1,0 +1,54 @@
+"""Where raw splits come from: the Hub, or a local folder in the Hub's parquet layout."""
+
+import re
+from pathlib import Path
+
+import datasets
+from datasets import Dataset
+
+# "train-00000-of-00001.parquet", with the hash that older uploads carry, or plain "train.parquet".
+_SPLIT_FILE = re.compile(r"(train|validation|valid|val|dev|test)(_matched|_mismatched)?(?![a-z])")
+_ALIASES = {"valid": "validation", "val": "validation", "dev": "validation"}
+
+
+def load_from_hub(hub_id: str, config: str | None = None, revision: str | None = None) -> dict[str, Dataset]:
+    """All splits of a Hub data set.
+
+    Raises:
+        ConnectionError: If the Hub cannot be reached.
+    """
+    try:
+        splits = dict(datasets.load_dataset(hub_id, config, revision=revision))
+    except ConnectionError as error:
+        raise ConnectionError(
+            f"cannot load {hub_id} from the Hub ({error}): without network, download it elsewhere and pass its folder "
+            "as data_dir"
+        ) from error
+    return {_ALIASES.get(name, name): split for name, split in splits.items()}
+
+
+def existing_folder(data_dir: str | Path) -> Path:
+    """The folder as a Path, ``~`` expanded."""
+    folder = Path(data_dir).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder.resolve()}: correct data_dir")
+    return folder
+
+
+def load_parquet_folder(folder: Path, *subfolders: str) -> dict[str, Dataset]:
+    """The splits of the first of ``folder``, its ``data`` and ``subfolders`` that has a train file; else none."""
+    for place in (folder, folder / "data", *(folder / name for name in subfolders)):
+        files: dict[str, list[str]] = {}
+        for path in sorted(place.glob("*.parquet")):
+            match = _SPLIT_FILE.match(path.name)
+            if match:
+                split = _ALIASES.get(match[1], match[1]) + (match[2] or "")
+                files.setdefault(split, []).append(str(path))
+        if "train" in files:
+            return {split: load_files("parquet", paths) for split, paths in files.items()}
+    return {}
+
+
+def load_files(kind: str, paths: list[str], **options) -> Dataset:
+    """One split from files that ``datasets`` reads as ``kind``; a split a call, as their columns may differ."""
+    return datasets.load_dataset(kind, data_files=paths, split="train", **options)

@@ -1,0 +1,290 @@
+"""From raw splits to a TaskData: labels read and checked, validation and held-out cut, label budget, label noise."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from datasets import ClassLabel, Dataset, Value
+
+from hfkd.data.task_data import UNLABELLED, TaskData
+
+NOISE_TYPES = ("symmetric", "pair")
+
+
+@dataclass(frozen=True)
+class SplitOptions:
+    """The options that ``load_image_data`` and ``load_text_data`` share.
+
+    Each kind of draw has a generator of its own, so that one option never changes what another one draws: with the
+    same seed, a run with noise and one without have the same rows in the same order and the same labelled samples.
+
+    Args:
+        validation_fraction: Share of the labelled training samples cut off as validation, stratified by label;
+            without effect on a set that brings validation and test files. 0 keeps all for training and leaves
+            ``validation`` empty.
+        held_out_fraction: Share of the labelled training samples cut off as ``held_out``, likewise.
+        labels: Label budget: this many training samples, in proportion to the classes and at least one of each, keep
+            their label; the others stay as unlabelled.
+        label_noise: Share of the labelled training samples whose label is changed (an exact count).
+        noise_type: ``"symmetric"`` to another class drawn uniformly, ``"pair"`` to the next class.
+        seed: Of all draws.
+        max_train_samples: Draw at most so many training samples, stratified, after the cuts.
+        max_eval_samples: Likewise for validation, test and labelled extra splits; the rows of test and extra splits
+            do not depend on the seed.
+
+    Raises:
+        ValueError: If an option is out of its range.
+    """
+
+    validation_fraction: float = 0.1
+    held_out_fraction: float = 0.0
+    labels: int | None = None
+    label_noise: float = 0.0
+    noise_type: str = "symmetric"
+    seed: int = 0
+    max_train_samples: int | None = None
+    max_eval_samples: int | None = None
+
+    def __post_init__(self):
+        for name in ("validation_fraction", "held_out_fraction", "label_noise"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+        if self.validation_fraction + self.held_out_fraction >= 1:
+            raise ValueError(
+                f"validation_fraction {self.validation_fraction} and held_out_fraction {self.held_out_fraction} leave "
+                "nothing to train on: their sum must be below 1"
+            )
+        if self.noise_type not in NOISE_TYPES:
+            raise ValueError(f"unknown noise_type {self.noise_type!r}: use one of {', '.join(NOISE_TYPES)}")
+        for name in ("labels", "max_train_samples", "max_eval_samples"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}: use None for no limit")
+        if self.seed < 0:
+            raise ValueError(f"seed must not be negative, got {self.seed}")
+
+
+def stratified_rows(
+    strata: np.ndarray, rows: np.ndarray, count: int, rng: np.random.Generator, *, at_least: int = 0, leave: int = 0
+) -> np.ndarray:
+    """Draw ``count`` of ``rows``, each stratum in proportion to its size, rounded by largest remainder.
+
+    Args:
+        strata: Stratum of every row of the file.
+        rows: The rows to draw from.
+        count: How many to draw.
+        rng: Source of randomness.
+        at_least: Drawn from every stratum, whatever its share.
+        leave: Never drawn from any stratum.
+
+    Shapes:
+        ``strata``: (N,), ``rows``: (M,). Returns (count,), in ascending order.
+
+    Raises:
+        ValueError: If the bounds cannot be met.
+    """
+    groups, members = np.unique(strata[rows], return_counts=True)
+    lower, upper = np.minimum(at_least, members), members - leave
+    if not lower.sum() <= count <= upper.sum():
+        raise ValueError(
+            f"cannot draw {count} of {len(rows)} samples in {len(groups)} classes: at least {at_least} of each class "
+            f"must be drawn and {leave} of each left; use a number between {lower.sum()} and {upper.sum()}"
+        )
+    share = members * (count / len(rows))
+    take = np.clip(np.floor(share).astype(int), lower, upper)
+    while take.sum() < count:
+        take[np.argmax(np.where(take < upper, share - take, -np.inf))] += 1
+    while take.sum() > count:
+        take[np.argmax(np.where(take > lower, take - share, -np.inf))] -= 1
+    drawn = [rng.permutation(rows[strata[rows] == group])[:number] for group, number in zip(groups, take, strict=True)]
+    return np.sort(np.concatenate(drawn))
+
+
+def find_label_column(split: Dataset) -> str | None:
+    """Name of the label column: ``label``, ``labels``, ``fine_label``, or the only column of classes."""
+    for name in ("label", "labels", "fine_label"):
+        if name in split.column_names:
+            return name
+    classes = [name for name, feature in split.features.items() if isinstance(feature, ClassLabel)]
+    if len(classes) > 1:
+        raise ValueError(f"several columns of classes ({', '.join(classes)}): rename the one you mean to 'label'")
+    return classes[0] if classes else None
+
+
+def _read_labels(
+    splits: dict[str, Dataset], label_names: list[str] | None, missing: float | None
+) -> tuple[dict[str, np.ndarray], list[str] | None]:
+    """Labels of every split as int64, or float32 for regression, -100 for none; and the class names."""
+    values = {}
+    for name, split in splits.items():
+        column = find_label_column(split)
+        # One column alone: no image is decoded for it.
+        values[name] = split.select_columns([column])[:][column] if column else [None] * len(split)
+    column = find_label_column(splits["train"])
+    if column is None:
+        return {name: np.full(len(split), UNLABELLED, dtype=np.int64) for name, split in splits.items()}, label_names
+    feature = splits["train"].features[column]
+    if isinstance(feature, ClassLabel):
+        label_names = feature.names
+    elif not isinstance(feature, Value):
+        raise ValueError(f"column {column!r} is {feature}: labels must be one class or one number a row")
+
+    known = [value for value in values["train"] if value is not None]
+    if feature.dtype.startswith("float"):
+        # Readers turn whole-numbered classes into floats where some are missing.
+        whole = len(known) < len(values["train"]) and all(float(value).is_integer() for value in known)
+        if not whole:
+            arrays = {name: np.array(v, dtype=np.float32) for name, v in values.items()}
+            for array in arrays.values():
+                array[np.isnan(array) | (array == missing)] = UNLABELLED
+            return arrays, None
+    if feature.dtype in ("string", "large_string"):
+        label_names = label_names or sorted(set(known))
+        number = {name: i for i, name in enumerate(label_names)}
+        for name, column_values in values.items():
+            unknown = {value for value in column_values if value is not None} - set(number)
+            if unknown:
+                raise ValueError(
+                    f"{name} has labels {sorted(unknown)} that are not among the classes {label_names}: correct them, "
+                    "or leave them empty for 'no label'"
+                )
+            values[name] = [None if value is None else number[value] for value in column_values]
+    arrays = {name: np.array([-1 if v is None else v for v in vs], dtype=np.int64) for name, vs in values.items()}
+    if label_names is None:
+        classes = np.unique(arrays["train"][arrays["train"] >= 0])
+        if not np.array_equal(classes, np.arange(len(classes))):
+            raise ValueError(
+                f"the training labels {classes[:20].tolist()} are not 0, 1, 2, …: number the classes without gaps "
+                "from 0, or write them as text"
+            )
+        label_names = [str(i) for i in classes]
+    for name, array in arrays.items():
+        array[array == -1] = UNLABELLED
+        wrong = array[(array != UNLABELLED) & ((array < 0) | (array >= len(label_names)))]
+        if len(wrong):
+            raise ValueError(
+                f"{name} has labels {np.unique(wrong)[:10].tolist()} outside 0..{len(label_names) - 1}: correct them; "
+                "-1 or -100 means 'no label'"
+            )
+    return arrays, label_names
+
+
+def make_task_data(
+    task: str,
+    splits: dict[str, Dataset],
+    content: dict[str, str],
+    options: SplitOptions,
+    *,
+    label_names: list[str] | None = None,
+    hidden: tuple[str, ...] = (),
+    missing: float | None = None,
+) -> TaskData:
+    """Read the labels, cut validation and held-out from train, apply the budget, then the noise.
+
+    Args:
+        task: Name of the task.
+        splits: Raw splits: ``"train"``, perhaps ``"validation"`` (then none is cut) and ``"test"``; others are extra.
+        content: The columns to keep and their new names.
+        options: See :class:`SplitOptions`.
+        label_names: Class names that the data must agree with, where they are known beforehand.
+        hidden: Splits whose labels must not be seen.
+        missing: A number that means "no label" in a regression task.
+
+    Raises:
+        ValueError: If a split is empty, or the labels cannot meet the options.
+    """
+    for name, split in splits.items():
+        if len(split) == 0:
+            raise ValueError(f"the {name} split of {task} is empty: check its files")
+    labels, label_names = _read_labels(splits, label_names, missing)
+    for name in hidden:
+        labels[name][:] = UNLABELLED
+    if "test" in splits and not (labels["test"] != UNLABELLED).any():
+        splits, labels = ({("predict" if n == "test" else n): v for n, v in d.items()} for d in (splits, labels))
+
+    clean = labels["train"]
+    regression = clean.dtype == np.float32
+    strata = np.zeros(len(clean), dtype=np.int64) if regression else clean
+    rngs = [np.random.default_rng([options.seed, purpose]) for purpose in range(5)]
+    labelled = np.flatnonzero(clean != UNLABELLED)
+    pool = labelled if len(labelled) else np.arange(len(clean))
+    cuts = {}
+    fractions = {"held_out": options.held_out_fraction}
+    if "validation" not in splits:
+        fractions = {"validation": options.validation_fraction, **fractions}
+    rows = pool
+    for rng, (name, fraction) in zip(rngs, fractions.items(), strict=False):
+        count = round(fraction * len(pool))
+        if fraction and not count:
+            raise ValueError(
+                f"{name}_fraction={fraction} of {len(pool)} samples is an empty split: use at least {1 / len(pool):.2g}"
+            )
+        if count:
+            _check_class_sizes(strata[pool], label_names, name)
+            cuts[name] = stratified_rows(strata, rows, count, rng, leave=1)
+            rows = np.setdiff1d(rows, cuts[name], assume_unique=True)
+    train = np.setdiff1d(np.arange(len(clean)), np.concatenate([*cuts.values(), []]), assume_unique=True).astype(int)
+    if options.max_train_samples is not None and options.max_train_samples < len(train):
+        train = stratified_rows(strata, train, options.max_train_samples, rngs[2])
+
+    labels["train"] = clean.copy()
+    budgeted = train[clean[train] != UNLABELLED]
+    if options.labels is not None:
+        _check_budget(options.labels, strata[budgeted], label_names)
+        budgeted = stratified_rows(strata, budgeted, options.labels, rngs[3], at_least=1)
+        labels["train"][np.setdiff1d(train, budgeted)] = UNLABELLED
+    if options.label_noise:
+        if regression or not len(budgeted) or len(label_names) < 2:
+            raise ValueError(f"label_noise needs labels of two classes or more, which {task} has not: set it to 0")
+        flipped = rngs[4].choice(budgeted, round(options.label_noise * len(budgeted)), replace=False)
+        offset = 1 if options.noise_type == "pair" else rngs[4].integers(1, len(label_names), len(flipped))
+        labels["train"][flipped] = (clean[flipped] + offset) % len(label_names)
+
+    def finished(name: str, rows: np.ndarray | None = None) -> Dataset:
+        split = splits[name].select_columns(list(content)).rename_columns(content)
+        split = split.add_column("label", labels[name]).add_column("index", np.arange(len(split)))
+        return split if rows is None else split.select(rows)
+
+    def evaluation_rows(name: str, rows: np.ndarray, seed: int) -> np.ndarray:
+        if options.max_eval_samples is None or options.max_eval_samples >= len(rows):
+            return rows
+        groups = np.zeros(len(labels[name]), dtype=np.int64) if regression else labels[name]
+        return stratified_rows(groups, rows, options.max_eval_samples, np.random.default_rng([seed, 5]))
+
+    if "validation" in splits:
+        validation = "validation", np.arange(len(splits["validation"]))
+    else:
+        validation = "train", cuts.get("validation", np.array([], dtype=int))
+    whole = {name: np.arange(len(split)) for name, split in splits.items()}
+    others = {name for name in splits if name not in ("train", "validation")}
+    evaluated = {
+        # A split without labels is only predicted, and whoever asked for the predictions wants all of them.
+        name: finished(name, evaluation_rows(name, whole[name], 0) if (labels[name] != UNLABELLED).any() else None)
+        for name in sorted(others)
+    }
+    return TaskData(
+        train=finished("train", train),
+        validation=finished(validation[0], evaluation_rows(*validation, options.seed)),
+        test=evaluated.pop("test", None),
+        task=task,
+        label_names=label_names,
+        held_out=finished("train", cuts["held_out"]) if "held_out" in cuts else None,
+        extra=evaluated,
+    )
+
+
+def _check_class_sizes(labels: np.ndarray, label_names: list[str] | None, cut: str) -> None:
+    groups, members = np.unique(labels, return_counts=True)
+    if members.min() < 2:
+        group = groups[members.argmin()]
+        name = group if label_names is None else label_names[group]
+        raise ValueError(
+            f"class {name!r} has a single training sample, which a stratified {cut} split cannot share: drop or merge "
+            f"the class, or set {cut}_fraction=0"
+        )
+
+
+def _check_budget(budget: int, labels: np.ndarray, label_names: list[str] | None) -> None:
+    if budget > len(labels):
+        raise ValueError(f"labels={budget} exceeds the {len(labels)} labelled training samples: lower it")
+    classes = len(np.unique(labels))
+    if budget < classes:
+        raise ValueError(f"labels={budget} is fewer than the {classes} classes: raise it to at least one a class")

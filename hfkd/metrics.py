@@ -1,0 +1,141 @@
+"""The metric of each task, as ``evaluate.Metric`` objects that need no network."""
+
+import warnings
+from collections.abc import Callable
+
+import evaluate
+import numpy as np
+import sklearn.metrics
+from datasets import Features, Value
+from scipy.stats import ConstantInputWarning, pearsonr, spearmanr
+from transformers import EvalPrediction
+
+from hfkd.data.task_data import TaskData
+
+
+class _Metric(evaluate.Metric):
+    """What our metrics share: their inputs, and where their values come from."""
+
+    inputs = "int64"
+    description = ""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=self.description,
+            citation="",
+            inputs_description="Args: predictions, references: one value a sample.",
+            features=Features({"predictions": Value(self.inputs), "references": Value(self.inputs)}),
+        )
+
+
+class Accuracy(_Metric):
+    """Share of correct classes."""
+
+    description = "Share of correct classes."
+
+    def _compute(self, predictions, references):
+        return {"accuracy": float(sklearn.metrics.accuracy_score(references, predictions))}
+
+
+class AccuracyAndF1(_Metric):
+    """Accuracy, and F1 of class 1; F1 is 0 where no sample is or is called class 1."""
+
+    description = "Accuracy, and F1 of class 1."
+
+    def _compute(self, predictions, references):
+        return {
+            "accuracy": float(sklearn.metrics.accuracy_score(references, predictions)),
+            "f1": float(sklearn.metrics.f1_score(references, predictions, zero_division=0)),
+        }
+
+
+class MatthewsCorrelation(_Metric):
+    """Matthews' correlation coefficient; 0 for a constant prediction."""
+
+    description = "Matthews' correlation coefficient."
+
+    def _compute(self, predictions, references):
+        return {"matthews_correlation": float(sklearn.metrics.matthews_corrcoef(references, predictions))}
+
+
+class Correlation(_Metric):
+    """Pearson and Spearman correlation and their mean; 0 for a constant prediction, NaN for one that holds NaN."""
+
+    inputs = "float32"
+    description = "Pearson and Spearman correlation and their mean."
+
+    def _compute(self, predictions, references):
+        predictions, references = np.asarray(predictions, np.float64), np.asarray(references, np.float64)
+        if len(predictions) < 2 or np.ptp(predictions) == 0 or np.ptp(references) == 0:
+            # Undefined; NaN would win or lose every comparison with the best checkpoint at random.
+            pearson = spearman = 0.0
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ConstantInputWarning)
+                pearson = float(pearsonr(predictions, references)[0])
+                spearman = float(spearmanr(predictions, references)[0])
+        return {"pearson": pearson, "spearmanr": spearman, "combined_score": (pearson + spearman) / 2}
+
+
+# The metrics that GLUE ranks by; a task that is not here has accuracy.
+_METRICS: dict[str, tuple[type[_Metric], str]] = {
+    "cola": (MatthewsCorrelation, "matthews_correlation"),
+    "ax": (MatthewsCorrelation, "matthews_correlation"),
+    "mrpc": (AccuracyAndF1, "f1"),
+    "qqp": (AccuracyAndF1, "f1"),
+    "stsb": (Correlation, "pearson"),
+}
+
+
+def _metric_of(task: str | TaskData) -> tuple[type[_Metric], str]:
+    if isinstance(task, TaskData):
+        task = "stsb" if task.is_regression else task.task
+    return _METRICS.get(task, (Accuracy, "accuracy"))
+
+
+def load_metric(task: str | TaskData) -> evaluate.Metric:
+    """The metric of a task: ``evaluate.load`` without the network.
+
+    Args:
+        task: Name, or the data; regression of your own is known by the data alone and measured as STS-B.
+
+    >>> load_metric("mrpc").compute(predictions=[1, 1, 0, 0], references=[1, 0, 0, 0])
+    {'accuracy': 0.75, 'f1': 0.6666666666666666}
+    """
+    return _metric_of(task)[0](keep_in_memory=True)
+
+
+def main_metric(task: str | TaskData) -> str:
+    """The metric to choose by, such as for ``metric_for_best_model``.
+
+    >>> main_metric("cola"), main_metric("cifar10")
+    ('matthews_correlation', 'accuracy')
+    """
+    return _metric_of(task)[1]
+
+
+def compute_metrics(task: str | TaskData) -> Callable[[EvalPrediction], dict[str, float]]:
+    """A ``compute_metrics`` for a Trainer.
+
+    Samples without a label (-100, -1) are left out; if none has one, as in a split that is only predicted, the result
+    is empty.
+
+    Args:
+        task: As for :func:`load_metric`.
+    """
+    metric = load_metric(task)
+
+    def compute(prediction: EvalPrediction) -> dict[str, float]:
+        logits = prediction.predictions
+        logits = np.asarray(logits[0] if isinstance(logits, tuple) else logits)
+        labels = np.asarray(prediction.label_ids)
+        if isinstance(metric, Correlation):
+            predicted, labels = logits.reshape(len(logits)), labels.reshape(len(labels))
+        else:
+            predicted = logits.argmax(-1)
+        labelled = (labels != -100) & (labels != -1)
+        if not labelled.any():
+            return {}
+        return metric.compute(predictions=predicted[labelled], references=labels[labelled])
+
+    return compute

@@ -1,0 +1,70 @@
+"""Students cut out of a transformer teacher."""
+
+import copy
+from collections.abc import Sequence
+
+from torch import nn
+from transformers import PreTrainedModel
+
+
+MODEL_TYPES = ("bert", "distilbert", "roberta", "vit", "deit")
+
+
+def student_from_teacher(
+    teacher: PreTrainedModel, *, num_layers: int | None = None, layers: Sequence[int] | None = None
+) -> PreTrainedModel:
+    r"""Make a student of the teacher's class from some of its layers.
+
+    Embeddings, pooler and head are copied whole, layers one by one. Of :math:`L` teacher layers, ``num_layers`` takes
+    :math:`n` evenly spaced ones that include the first and the last (one layer is the first):
+
+    .. math:: l_i = \lfloor i \, (L - 1) / (n - 1) \rfloor, \quad i = 0, \dots, n - 1
+
+    Args:
+        teacher: A BERT, DistilBERT, RoBERTa, ViT or DeiT model with any head.
+        num_layers: How many layers the student has.
+        layers: Which teacher layers they are, counted from 0 and rising, instead of ``num_layers``.
+
+    Returns:
+        A model with weights of its own, on the CPU, in evaluation mode and the teacher's dtype.
+
+    Raises:
+        ValueError: If the architecture is another, or the layers are not the teacher's.
+
+    Source: Sanh et al. 2019, "DistilBERT", arXiv 1910.01108, section 3 (every second layer of the teacher).
+    """
+    config = copy.deepcopy(teacher.config)
+    if config.model_type not in MODEL_TYPES:
+        raise ValueError(
+            f"no student can be cut out of a {config.model_type!r} teacher, only of {', '.join(MODEL_TYPES)}: "
+            "name a smaller model instead"
+        )
+    depth = config.num_hidden_layers
+    if (num_layers is None) == (layers is None):
+        raise ValueError("pass either num_layers or layers")
+    if layers is None:
+        if not 1 <= num_layers <= depth:
+            raise ValueError(f"num_layers must lie between 1 and the teacher's {depth}, got {num_layers}")
+        layers = [i * (depth - 1) // max(num_layers - 1, 1) for i in range(num_layers)]
+    layers = list(layers)
+    if not layers or layers != sorted({*layers} & {*range(depth)}):
+        raise ValueError(f"layers must be rising numbers from 0 to {depth - 1}, each once, got {layers}")
+
+    # Found by its length: transformers moves this list between versions.
+    (path,) = (
+        name for name, module in teacher.named_modules() if isinstance(module, nn.ModuleList) and len(module) == depth
+    )
+    prefix = f"{path}."
+    state = {}
+    for key, tensor in teacher.state_dict().items():
+        if not key.startswith(prefix):
+            state[key] = tensor
+            continue
+        index, rest = key.removeprefix(prefix).split(".", 1)
+        if int(index) in layers:
+            state[f"{prefix}{layers.index(int(index))}.{rest}"] = tensor
+
+    config.num_hidden_layers = len(layers)
+    student = type(teacher)(config).to(teacher.dtype)
+    student.load_state_dict(state)
+    return student.eval()

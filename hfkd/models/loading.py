@@ -1,0 +1,193 @@
+"""One way to name a model: ours, timm's, a weights file, a folder, a Hub id."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import timm
+import torch
+from safetensors.torch import load_file
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+)
+
+from hfkd.models.modeling_cifar import MODEL_NAMES, CifarConfig, CifarForImageClassification, find_architecture
+
+
+CIFAR10_LABELS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+def load_model(
+    name_or_path: str | Path,
+    *,
+    task: str = "image-classification",
+    label_names: Sequence[str] | None = None,
+    num_labels: int | None = None,
+    pretrained: bool = True,
+    refuse_new_head: bool = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    **config_overrides,
+) -> PreTrainedModel:
+    """Load or make a classifier, in evaluation mode and float32.
+
+    For images a name is looked up in this order: a ``.safetensors`` file with a CIFAR ResNet in akamaster's naming,
+    one of our own networks (:data:`~hfkd.models.MODEL_NAMES`, always with fresh weights), a timm model, a local
+    folder, a Hub id. ``timm/NAME`` or ``timm:NAME`` asks for timm where both have the name, ``./NAME`` for a folder.
+
+    Args:
+        name_or_path: What to load.
+        task: ``"image-classification"`` or ``"text-classification"``.
+        label_names: Class names in label order. They replace the checkpoint's own, so leave them out for a teacher
+            that has some. A weights file with 10 classes has CIFAR-10's.
+        num_labels: Number of outputs if there are no names; 1 is regression.
+        pretrained: Load weights; otherwise start timm and transformers models from random ones.
+        refuse_new_head: Accept no randomly initialised weight: what a teacher needs.
+        revision: Branch, tag or commit on the Hub.
+        trust_remote_code: Run the modelling code that lies beside the weights.
+        **config_overrides: Fields of the model's configuration, such as ``shortcut="A"``; also ``dtype`` for weights
+            of transformers and pretrained timm models.
+
+    Returns:
+        A plain transformers model: saved, it loads with `AutoModelFor*.from_pretrained` and no hfkd.
+
+    Raises:
+        ValueError: If nothing has that name, the labels contradict each other or the file, or weights would be random
+            although ``refuse_new_head`` is set.
+
+    >>> load_model("resnet20", num_labels=100).num_parameters()
+    278324
+    """
+    auto_classes = {
+        "image-classification": AutoModelForImageClassification,
+        "text-classification": AutoModelForSequenceClassification,
+    }
+    if task not in auto_classes:
+        raise ValueError(f"unknown task {task!r}: use one of {', '.join(auto_classes)}")
+    name = str(name_or_path)
+    is_image = task == "image-classification"
+    is_file = is_image and name.endswith(".safetensors")
+    is_ours = is_image and find_architecture(name) is not None
+    timm_name = name.removeprefix("timm/").removeprefix("timm:")
+    is_timm = is_image and not is_file and not is_ours and timm.is_model(timm_name)
+
+    if refuse_new_head and (is_ours or not pretrained):
+        raise ValueError(
+            f"{name!r} would start from random weights: train it first (--train_teacher), "
+            "or name a folder, a weights file or a Hub id that has trained ones"
+        )
+    fields = {**_label_fields(label_names, num_labels), **config_overrides}
+    if (is_ours or (is_timm and not pretrained)) and "num_labels" not in fields:
+        raise ValueError(f"{name!r} has no classes of its own: pass label_names or num_labels")
+
+    if is_file:
+        return _load_cifar_resnet(Path(name), fields, pretrained).eval()
+    if is_ours:
+        return CifarForImageClassification(CifarConfig(architecture=name, **fields)).eval()
+    if is_timm and not pretrained:
+        return _make_timm(timm_name, fields).eval()
+    if is_timm:
+        pretrained_cfg = timm.get_pretrained_cfg(timm_name)
+        if pretrained_cfg is None or not pretrained_cfg.hf_hub_id:
+            raise ValueError(f"timm has no weights for {timm_name!r} on the Hub: pass pretrained=False to train it")
+        name = pretrained_cfg.hf_hub_id
+
+    auto_class = auto_classes[task]
+    options = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
+    # Without dtype transformers keeps the file's, and a student in half precision does not train.
+    fields = {"dtype": torch.float32, **fields}
+    try:
+        if not pretrained:
+            config = AutoConfig.from_pretrained(name, **options, **fields)
+            return auto_class.from_config(config, trust_remote_code=trust_remote_code, dtype=config.dtype).eval()
+        model, info = auto_class.from_pretrained(
+            name,
+            **options,
+            **fields,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except OSError as error:
+        if Path(name).is_dir():
+            raise
+        raise ValueError(
+            f"cannot load {name_or_path!r}: it is no network of ours ({', '.join(MODEL_NAMES)}), no timm name, "
+            "no .safetensors file of a CIFAR ResNet and no local folder, and as a Hub id it could not be read"
+        ) from error
+
+    fresh = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    if refuse_new_head and fresh:
+        raise ValueError(
+            f"{name!r} has no trained weights of the right shape for {', '.join(fresh)}: "
+            "fine-tune it on this task first (--train_teacher)"
+        )
+    return model
+
+
+def _label_fields(label_names: Sequence[str] | None, num_labels: int | None) -> dict:
+    if label_names is not None:
+        if num_labels not in (None, len(label_names)):
+            raise ValueError(f"num_labels={num_labels} but {len(label_names)} label_names: pass one of the two")
+        if len(set(label_names)) < len(label_names):
+            raise ValueError(f"label_names has a name twice: {list(label_names)}")
+        num_labels = len(label_names)
+    if num_labels is None:
+        return {}
+    fields = {"num_labels": num_labels}
+    if num_labels == 1:
+        fields["problem_type"] = "regression"
+    if label_names is not None:
+        fields["id2label"] = dict(enumerate(label_names))
+        fields["label2id"] = {name: index for index, name in enumerate(label_names)}
+    return fields
+
+
+def _load_cifar_resnet(path: Path, fields: dict, pretrained: bool) -> CifarForImageClassification:
+    if path.with_name("config.json").exists():
+        raise ValueError(f"{path} has a config.json beside it: name the folder, so that it is read too")
+    state = load_file(path)
+    convolutions = [key for key in state if re.fullmatch(r"layer\d\.\d+\.conv\d\.weight", key)]
+    if not convolutions or not {"conv1.weight", "linear.weight"} <= state.keys():
+        raise ValueError(
+            f"{path} is no CIFAR ResNet in akamaster's naming (conv1, bn1, layer1.0.conv1, ..., linear): "
+            "name a folder with a config.json for any other model"
+        )
+    classes = len(state["linear.weight"])
+    if fields.get("num_labels", classes) != classes:
+        raise ValueError(f"{path} has {classes} classes, not {fields['num_labels']}: leave the labels out, or retrain")
+    if "id2label" not in fields:
+        fields = _label_fields(CIFAR10_LABELS if classes == 10 else None, classes) | fields
+
+    config = CifarConfig(
+        **{
+            "architecture": f"resnet{len(convolutions) + 2}" + ("x4" if len(state["conv1.weight"]) == 32 else ""),
+            "shortcut": "B" if any(".shortcut." in key for key in state) else "A",
+            "image_mean": (0.485, 0.456, 0.406),
+            "image_std": (0.229, 0.224, 0.225),
+            **fields,
+        }
+    )
+    try:
+        model = CifarForImageClassification(config)
+        if pretrained:
+            model.load_state_dict(state)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{path} looks like a {config.architecture} but does not fit one: {error}") from error
+    return model
+
+
+def _make_timm(name: str, fields: dict) -> TimmWrapperForImageClassification:
+    config = TimmWrapperConfig(architecture=name, **fields)
+    network = timm.create_model(name, num_classes=config.num_labels, **(config.model_args or {}))
+    # AutoImageProcessor reads size and normalisation of a timm model there.
+    config.pretrained_cfg = dict(network.pretrained_cfg)
+    model = TimmWrapperForImageClassification(config)
+    # The wrapper draws every convolution from N(0, 0.02), as transformers does; the literature starts as timm does.
+    model.timm_model = network
+    return model
