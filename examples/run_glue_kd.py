@@ -46,9 +46,12 @@ class DataArguments:
     train_file: str | None = field(default=None, metadata={"help": "Your own CSV or JSON file."})
     validation_file: str | None = field(default=None, metadata={"help": "Likewise; else cut off from train."})
     test_file: str | None = field(default=None, metadata={"help": "Likewise."})
-    validation_fraction: float = field(default=0.1, metadata={"help": "Share of train cut off for validation."})
+    validation_fraction: float = field(
+        default=0.1, metadata={"help": "Share of train cut off for validation; with 0 also --eval_strategy no."}
+    )
     held_out_fraction: float = field(default=0.0, metadata={"help": "Share cut off for methods that need one."})
     labels: int | None = field(default=None, metadata={"help": "Keep so many labels; the other samples stay, unlabelled."})
+    drop_unlabelled: bool = field(default=False, metadata={"help": "Train on the labelled samples alone."})
     label_noise: float = field(default=0.0, metadata={"help": "Share of training labels to corrupt."})
     noise_type: str = field(default="symmetric", metadata={"help": "symmetric or pair."})
     split_seed: int = field(default=0, metadata={"help": "Seed of splits, budgets and noise."})
@@ -89,6 +92,8 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
         max_train_samples=data_args.max_train_samples,
         max_eval_samples=data_args.max_eval_samples,
     )
+    if data_args.drop_unlabelled:
+        raw.train = raw.train.filter(lambda label: label != -100, input_columns="label")
 
     def load(name, **kwargs):
         return load_model(
@@ -100,7 +105,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
             model,
             args=args,
             train_dataset=data.train,
-            eval_dataset=data.validation,
+            eval_dataset=data.validation or None,
             held_out_dataset=data.held_out,
             processing_class=tokenizer,
             compute_metrics=compute_metrics(data.task),
@@ -152,7 +157,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
     results["world_size"] = args.world_size
     unlabelled = {}
     for split, dataset in {"eval": data.validation, "test": data.test, **data.extra}.items():
-        if dataset is None:
+        if not dataset:
             continue
         if max(dataset["labels"]) == -100:
             unlabelled[split] = dataset

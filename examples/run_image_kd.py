@@ -43,9 +43,12 @@ class ModelArguments:
 class DataArguments:
     dataset: str = field(default="digits", metadata={"help": "cifar10, cifar100, svhn, digits, or a Hub id."})
     data_dir: str | None = field(default=None, metadata={"help": "Local folder: parquet in the Hub's layout, or images."})
-    validation_fraction: float = field(default=0.1, metadata={"help": "Share of train cut off for validation."})
+    validation_fraction: float = field(
+        default=0.1, metadata={"help": "Share of train cut off for validation; with 0 also --eval_strategy no."}
+    )
     held_out_fraction: float = field(default=0.0, metadata={"help": "Share cut off for methods that need one."})
     labels: int | None = field(default=None, metadata={"help": "Keep so many labels; the other samples stay, unlabelled."})
+    drop_unlabelled: bool = field(default=False, metadata={"help": "Train on the labelled samples alone."})
     label_noise: float = field(default=0.0, metadata={"help": "Share of training labels to corrupt."})
     noise_type: str = field(default="symmetric", metadata={"help": "symmetric or pair."})
     split_seed: int = field(default=0, metadata={"help": "Seed of splits, budgets and noise."})
@@ -89,15 +92,20 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
         max_train_samples=data_args.max_train_samples,
         max_eval_samples=data_args.max_eval_samples,
     )
+    if data_args.drop_unlabelled:
+        data.train = data.train.filter(lambda label: label != -100, input_columns="label")
 
     def trainer_for(student, student_name, args, teacher=None, teacher_name=None, distiller=None):
         processor = processor_for(student, student_name)
-        views = {"processor": processor}
-        if teacher is not None:
-            views["teacher_processor"] = processor_for(teacher, teacher_name)
+        teacher_processor = None if teacher is None else processor_for(teacher, teacher_name)
+
+        def plain(split):
+            return ImageDataset(split, processor, teacher_processor=teacher_processor) if split else None
+
         train = ImageDataset(
             data.train,
-            **views,
+            processor,
+            teacher_processor=teacher_processor,
             augment=None if data_args.augment == "none" else data_args.augment,
             rand_augment=data_args.rand_augment,
             mixup_alpha=data_args.mixup_alpha,
@@ -111,11 +119,11 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
             distiller,
             args,
             train_dataset=train,
-            eval_dataset=ImageDataset(data.validation, **views),
-            held_out_dataset=ImageDataset(data.held_out, **views) if data.held_out is not None else None,
+            eval_dataset=plain(data.validation),
+            held_out_dataset=plain(data.held_out),
             processing_class=processor,
             compute_metrics=compute_metrics(data.task),
-        ), (ImageDataset(data.test, **views) if data.test is not None else None)
+        ), plain(data.test)
 
     teacher = None
     if model_args.teacher is not None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 
+import datasets
 import numpy as np
-import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
-from transformers import TrainingArguments
+from transformers import PretrainedConfig, TrainingArguments
 
 from hfkd.distillers.base import IGNORE_INDEX, Distiller
 from hfkd.teacher import align_labels, head_looks_new, named_labels
@@ -29,19 +29,22 @@ def problem_type_of(model: nn.Module) -> str:
 
 def dataset_labels(dataset: Dataset | None) -> np.ndarray | None:
     """The labels of a data set without running its transforms, or None where they cannot be had so."""
-    names = getattr(dataset, "column_names", None)
-    if isinstance(names, list):
-        name = next((name for name in ("labels", "label", "label_ids") if name in names), None)
+    if isinstance(dataset, datasets.Dataset):
+        name = next((name for name in ("labels", "label", "label_ids") if name in dataset.column_names), None)
         return None if name is None else np.asarray(dataset.with_format("numpy")[name][:])
     labels = getattr(dataset, "labels", None)
     return None if labels is None else np.asarray(labels)
 
 
-def check_labels(dataset: Dataset, which: str, num_labels: int, problem_type: str, *, training: bool) -> None:
-    """Refuse labels that are no class: outside [0, num_labels), except -100 and, off training, a hidden test's -1."""
+def check_labels(dataset: Dataset, which: str, config: PretrainedConfig, problem_type: str) -> None:
+    """Refuse labels that are no class of the student, or are its classes in another order.
+
+    -100 (unlabelled) is fine everywhere, and -1 (the hidden labels of a benchmark's test set) off training.
+    """
     labels = dataset_labels(dataset)
     if labels is None or labels.ndim > 1:
         return
+    num_labels = config.num_labels
     if labels.dtype.kind not in "biuf":
         raise ValueError(f"labels of the {which} set are {labels.dtype}, not numbers: map them to class indices first")
     labels = labels[labels != IGNORE_INDEX]
@@ -49,7 +52,7 @@ def check_labels(dataset: Dataset, which: str, num_labels: int, problem_type: st
         if not np.isfinite(labels.astype(np.float64)).all():
             raise ValueError(f"labels of the {which} set hold NaN or infinity: remove those rows or set them to -100")
         return
-    if not training:
+    if which != "train":
         labels = labels[labels != -1]
     wrong = np.unique(labels[(labels < 0) | (labels >= num_labels) | (labels % 1 != 0)])
     if len(wrong):
@@ -58,6 +61,13 @@ def check_labels(dataset: Dataset, which: str, num_labels: int, problem_type: st
             f"{num_labels - 1}: give the student num_labels={int(max(wrong.max() + 1, num_labels))}, or correct the "
             "labels (-100 marks an unlabelled sample)"
         )
+    features = dataset.features.values() if isinstance(dataset, datasets.Dataset) else ()
+    for names in (feature.names for feature in features if isinstance(feature, datasets.ClassLabel)):
+        if align_labels(named_labels(config), names, whose=f"the {which} set") is not None:
+            raise ValueError(
+                f"the {which} set numbers the classes as {names[:5]}…, and the student as {named_labels(config)[:5]}…: "
+                "build the student with id2label in the data set's order"
+            )
 
 
 def check_columns(dataset: Dataset | None, distiller: Distiller) -> None:

@@ -117,13 +117,15 @@ def main_metric(task: str | TaskData) -> str:
 def compute_metrics(task: str | TaskData) -> Callable[[EvalPrediction], dict[str, float]]:
     """A ``compute_metrics`` for a Trainer.
 
-    Samples without a label (-100, -1) are left out; if none has one, as in a split that is only predicted, the result
-    is empty.
+    Samples without a label (-100; for a bare name also GLUE's -1) are left out; if none has one, as in a split that
+    is only predicted, the result is empty.
 
     Args:
         task: As for :func:`load_metric`.
     """
     metric = load_metric(task)
+    # Our loaders leave only -100, so that -1 may be a value of a regression.
+    unlabelled = [-100] if isinstance(task, TaskData) else [-100, -1]
 
     def compute(prediction: EvalPrediction) -> dict[str, float]:
         logits = prediction.predictions
@@ -133,7 +135,7 @@ def compute_metrics(task: str | TaskData) -> Callable[[EvalPrediction], dict[str
             predicted, labels = logits.reshape(len(logits)), labels.reshape(len(labels))
         else:
             predicted = logits.argmax(-1)
-        labelled = (labels != -100) & (labels != -1)
+        labelled = ~np.isin(labels, unlabelled)
         if not labelled.any():
             return {}
         return metric.compute(predictions=predicted[labelled], references=labels[labelled])

@@ -194,8 +194,8 @@ class DistillationTrainer(Trainer):
         if distiller.needs_hard_labels and getattr(train_dataset, "soft_labels", False):
             raise ValueError(f"{type(distiller).__name__} needs class indices as labels: turn Mixup and CutMix off")
         labels = dataset_labels(train_dataset)
-        for which, dataset in {"train": train_dataset, **self._eval_datasets()}.items():
-            check_labels(dataset, which, model.config.num_labels, self.problem_type, training=which == "train")
+        for which, dataset in [("train", train_dataset), *self._eval_datasets().items()]:
+            check_labels(dataset, which, model.config, self.problem_type)
         check_columns(train_dataset, distiller)
 
         self.label_scale = 1.0
@@ -436,7 +436,7 @@ class DistillationTrainer(Trainer):
                     f"{path} is missing, and {type(self.distiller).__name__} has state to restore: the checkpoint is "
                     "incomplete, from another method, or was saved with save_only_model=True"
                 )
-            self.distiller.load_state_dict(safetensors.torch.load_file(path, device=str(self.args.device)))
+            self.distiller.load_state_dict(safetensors.torch.load_file(path))
         if self._saves_teacher:
             load_weights(self.teacher_model, os.path.join(checkpoint, TEACHER_FOLDER))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from transformers import TrainingArguments
 
 
@@ -12,6 +13,7 @@ class DistillationTrainingArguments(TrainingArguments):
     """``transformers.TrainingArguments`` with what distillation adds; works with ``HfArgumentParser``.
 
     ``logging_nan_inf_filter`` is off here: it costs a device synchronisation a step and hides a diverging loss.
+    Memory is pinned only where there is an accelerator to copy to.
 
     Raises:
         ValueError: If a value is out of range.
@@ -34,6 +36,7 @@ class DistillationTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
         if self.distiller_learning_rate is not None and not self.distiller_learning_rate > 0:
             raise ValueError(
                 f"distiller_learning_rate must be positive, got {self.distiller_learning_rate}: "

@@ -8,6 +8,7 @@ from hfkd.data.processors import processor_for
 from hfkd.data.task_data import TaskData
 from hfkd.data.text import load_text_data, tokenize
 
+
 __all__ = [
     "GLUE_TASKS",
     "DistillationCollator",

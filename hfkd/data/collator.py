@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.data.data_collator import pad_without_fast_tokenizer_warning
 
+
 _TEXT_COLUMNS = ("input_ids", "attention_mask", "token_type_ids")
 
 
@@ -29,6 +30,7 @@ class DistillationCollator:
         self.teacher_processing_class = teacher_processing_class
 
     def __call__(self, features: list[dict] | dict[str, Tensor]) -> dict[str, Tensor]:
+        """A batch of tensors from samples, or a finished batch as it is."""
         if isinstance(features, dict):
             return features
         batch = self._pad(features, self.processing_class, "", "processing_class")

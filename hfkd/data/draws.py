@@ -27,8 +27,8 @@ def sample_draws(seed: int, epoch: int, index: np.ndarray) -> np.ndarray:
     Shapes:
         ``index``: (B,) integers. Returns (B,) uint64.
 
-    >>> sample_draws(0, 0, np.array([7, 8]))[1] == sample_draws(0, 0, np.array([8]))[0]
-    np.True_
+    >>> bool(sample_draws(0, 0, np.array([7, 8]))[1] == sample_draws(0, 0, np.array([8]))[0])
+    True
     """
     key = splitmix(splitmix(np.array([seed], dtype=np.uint64)) ^ np.uint64(epoch))
     return splitmix(key ^ index.astype(np.uint64))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+
 _ENTAILMENT = ("entailment", "not_entailment")
 _INFERENCE = ("entailment", "neutral", "contradiction")
 
@@ -73,7 +74,7 @@ def write_predictions(
         names = label_names if glue is None else glue.label_names
         wrong = np.setdiff1d(predictions, np.arange(len(names)))
         if len(wrong):
-            raise ValueError(f"{task} has classes 0..{len(names) - 1}, got {wrong[:5].tolist()}: pass logits or classes")
+            raise ValueError(f"{task} has {len(names)} classes, got {wrong[:5].tolist()}: pass logits or classes")
         named = glue is None or glue.server_wants_names
         rows = [names[int(number)] if named else str(int(number)) for number in predictions]
     path.write_text("index\tprediction\n" + "".join(f"{i}\t{row}\n" for i, row in enumerate(rows)), encoding="utf-8")

@@ -7,9 +7,10 @@ import datasets
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image
 
-from hfkd.data.sources import existing_folder, load_from_hub, load_parquet_folder
+from hfkd.data.sources import existing_folder, load_from_hub, load_parquet_folder, usual_splits
 from hfkd.data.splits import SplitOptions, find_label_column, make_task_data, stratified_rows
 from hfkd.data.task_data import TaskData
+
 
 HUB_IMAGES = {
     "cifar10": ("uoft-cs/cifar10", "plain_text"),
@@ -87,10 +88,7 @@ def load_image_data(
             f"unknown data set {dataset!r}: use {', '.join(HUB_IMAGES)}, digits, a Hub id such as "
             "'uoft-cs/cifar10', or a local folder as data_dir"
         )
-    splits = {name: splits[name] for name in ("train", "validation", "test") if name in splits}
-    if "test" not in splits and "validation" in splits:
-        splits["test"] = splits.pop("validation")
-
+    splits = usual_splits(splits)
     train = splits["train"]
     images = [name for name, feature in train.features.items() if isinstance(feature, Image)]
     if len(images) != 1:
@@ -108,19 +106,16 @@ def load_image_data(
 
 
 def _load_folder(folder: Path, dataset: str) -> dict[str, Dataset]:
-    splits = load_parquet_folder(folder, dataset, *(config for _, config in [HUB_IMAGES.get(dataset, ("", "data"))]))
+    splits = load_parquet_folder(folder, dataset, HUB_IMAGES.get(dataset, ("", "data"))[1])
     if splits:
         return splits
     try:
-        splits = dict(datasets.load_dataset("imagefolder", data_dir=str(folder)))
+        return dict(datasets.load_dataset("imagefolder", data_dir=str(folder)))
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{folder.resolve()} holds neither train*.parquet nor images: use the Hub's parquet layout or "
             "train/<class>/*.png"
         ) from error
-    if "train" not in splits:
-        raise FileNotFoundError(f"{folder.resolve()} holds no train split, only {', '.join(splits)}: add train/")
-    return splits
 
 
 def _load_digits() -> dict[str, Dataset]:

@@ -42,7 +42,7 @@ def processor_for(model: PreTrainedModel, name_or_path: str | Path | None = None
     if not source:
         raise ValueError(
             f"{type(model).__name__} was not loaded from anywhere: pass name_or_path of the model whose preprocessing "
-            "it shares (the teacher's, as a rule), or make a ViTImageProcessor(size=..., image_mean=..., image_std=...)"
+            "it shares (the teacher's, as a rule), or make a ViTImageProcessor(size=…, image_mean=…, image_std=…)"
         )
     try:
         return AutoImageProcessor.from_pretrained(source)

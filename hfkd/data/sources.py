@@ -6,6 +6,7 @@ from pathlib import Path
 import datasets
 from datasets import Dataset
 
+
 # "train-00000-of-00001.parquet", with the hash that older uploads carry, or plain "train.parquet".
 _SPLIT_FILE = re.compile(r"(train|validation|valid|val|dev|test)(_matched|_mismatched)?(?![a-z])")
 _ALIASES = {"valid": "validation", "val": "validation", "dev": "validation"}
@@ -51,4 +52,21 @@ def load_parquet_folder(folder: Path, *subfolders: str) -> dict[str, Dataset]:
 
 def load_files(kind: str, paths: list[str], **options) -> Dataset:
     """One split from files that ``datasets`` reads as ``kind``; a split a call, as their columns may differ."""
-    return datasets.load_dataset(kind, data_files=paths, split="train", **options)
+    try:
+        return datasets.load_dataset(kind, data_files=paths, split="train", **options)
+    except ValueError as error:
+        raise ValueError(f"cannot read {', '.join(paths)} ({error}): check that it has rows under a header") from error
+
+
+def usual_splits(splits: dict[str, Dataset]) -> dict[str, Dataset]:
+    """Train, validation and test; a validation split that comes without a test split is the test split.
+
+    Raises:
+        ValueError: If there is no train split.
+    """
+    if "train" not in splits:
+        raise ValueError(f"there is no train split, only {', '.join(splits)}: add one")
+    usual = {name: splits[name] for name in ("train", "validation", "test") if name in splits}
+    if "test" not in usual and "validation" in usual:
+        usual["test"] = usual.pop("validation")
+    return usual

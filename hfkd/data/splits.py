@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 from datasets import ClassLabel, Dataset, Value
 
-from hfkd.data.task_data import UNLABELLED, TaskData
+from hfkd.data.task_data import UNLABELLED, TaskData, is_text
+
 
 NOISE_TYPES = ("symmetric", "pair")
 
@@ -136,7 +137,7 @@ def _read_labels(
             for array in arrays.values():
                 array[np.isnan(array) | (array == missing)] = UNLABELLED
             return arrays, None
-    if feature.dtype in ("string", "large_string"):
+    if is_text(feature):
         label_names = label_names or sorted(set(known))
         number = {name: i for i, name in enumerate(label_names)}
         for name, column_values in values.items():
@@ -200,75 +201,83 @@ def make_task_data(
     if "test" in splits and not (labels["test"] != UNLABELLED).any():
         splits, labels = ({("predict" if n == "test" else n): v for n, v in d.items()} for d in (splits, labels))
 
-    clean = labels["train"]
-    regression = clean.dtype == np.float32
-    strata = np.zeros(len(clean), dtype=np.int64) if regression else clean
-    rngs = [np.random.default_rng([options.seed, purpose]) for purpose in range(5)]
-    labelled = np.flatnonzero(clean != UNLABELLED)
-    pool = labelled if len(labelled) else np.arange(len(clean))
-    cuts = {}
-    fractions = {"held_out": options.held_out_fraction}
-    if "validation" not in splits:
-        fractions = {"validation": options.validation_fraction, **fractions}
-    rows = pool
-    for rng, (name, fraction) in zip(rngs, fractions.items(), strict=False):
+    rows = {name: np.arange(len(split)) for name, split in splits.items()}
+    rows |= _cut_train(labels["train"], options, label_names, cut_validation="validation" not in splits)
+    origin = {"validation": "train", "held_out": "train", **{name: name for name in splits}}
+    for name in rows:
+        own = labels[origin[name]]
+        # A split without labels is only predicted, and whoever asks for its predictions wants all of them.
+        if name not in ("train", "held_out") and options.max_eval_samples is not None and (own != UNLABELLED).any():
+            rng = np.random.default_rng([options.seed if origin[name] == "train" else 0, 5])
+            rows[name] = _at_most(options.max_eval_samples, own, rows[name], rng)
+    trained = _budget_and_noise(labels["train"], rows["train"], options, label_names)
+
+    def finish(name: str) -> Dataset:
+        split = splits[origin[name]].select_columns(list(content)).rename_columns(content)
+        own = trained if name == "train" else labels[origin[name]]
+        return split.add_column("label", own).add_column("index", np.arange(len(split))).select(rows[name])
+
+    finished = {name: finish(name) for name in rows}
+    named = {name: finished.pop(name, None) for name in ("train", "validation", "test", "held_out")}
+    return TaskData(**named, task=task, label_names=label_names, extra=finished)
+
+
+def _generator(options: SplitOptions, purpose: int) -> np.random.Generator:
+    return np.random.default_rng([options.seed, purpose])
+
+
+def _strata(labels: np.ndarray) -> np.ndarray:
+    return np.zeros(len(labels), dtype=np.int64) if labels.dtype == np.float32 else labels
+
+
+def _at_most(count: int, labels: np.ndarray, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return rows if count >= len(rows) else stratified_rows(_strata(labels), rows, count, rng)
+
+
+def _cut_train(
+    labels: np.ndarray, options: SplitOptions, label_names: list[str] | None, *, cut_validation: bool
+) -> dict[str, np.ndarray]:
+    """Rows of train, and of validation and held-out where they are cut from it."""
+    labelled = np.flatnonzero(labels != UNLABELLED)
+    pool = labelled if len(labelled) else np.arange(len(labels))
+    rest, cuts = pool, {}
+    if cut_validation:
+        cuts["validation"] = np.array([], dtype=np.int64)
+    fractions = {"validation": options.validation_fraction, "held_out": options.held_out_fraction}
+    for purpose, (name, fraction) in enumerate(fractions.items()):
+        if not fraction or (name == "validation" and not cut_validation):
+            continue
         count = round(fraction * len(pool))
-        if fraction and not count:
-            raise ValueError(
-                f"{name}_fraction={fraction} of {len(pool)} samples is an empty split: use at least {1 / len(pool):.2g}"
-            )
-        if count:
-            _check_class_sizes(strata[pool], label_names, name)
-            cuts[name] = stratified_rows(strata, rows, count, rng, leave=1)
-            rows = np.setdiff1d(rows, cuts[name], assume_unique=True)
-    train = np.setdiff1d(np.arange(len(clean)), np.concatenate([*cuts.values(), []]), assume_unique=True).astype(int)
-    if options.max_train_samples is not None and options.max_train_samples < len(train):
-        train = stratified_rows(strata, train, options.max_train_samples, rngs[2])
+        if not count:
+            raise ValueError(f"{name}_fraction={fraction} of {len(pool)} samples is none: raise it, or use 0")
+        _check_class_sizes(_strata(labels)[pool], label_names, name)
+        cuts[name] = stratified_rows(_strata(labels), rest, count, _generator(options, purpose), leave=1)
+        rest = np.setdiff1d(rest, cuts[name])
+    train = np.setdiff1d(np.arange(len(labels)), np.setdiff1d(pool, rest))
+    if options.max_train_samples is not None:
+        train = _at_most(options.max_train_samples, labels, train, _generator(options, 2))
+    return {"train": train, **cuts}
 
-    labels["train"] = clean.copy()
-    budgeted = train[clean[train] != UNLABELLED]
+
+def _budget_and_noise(
+    labels: np.ndarray, train: np.ndarray, options: SplitOptions, label_names: list[str] | None
+) -> np.ndarray:
+    """The labels that training sees, in all rows of the file."""
+    seen = labels.copy()
+    labelled = train[labels[train] != UNLABELLED]
     if options.labels is not None:
-        _check_budget(options.labels, strata[budgeted], label_names)
-        budgeted = stratified_rows(strata, budgeted, options.labels, rngs[3], at_least=1)
-        labels["train"][np.setdiff1d(train, budgeted)] = UNLABELLED
+        _check_budget(options.labels, _strata(labels)[labelled])
+        rng = _generator(options, 3)
+        labelled = stratified_rows(_strata(labels), labelled, options.labels, rng, at_least=1)
+        seen[np.setdiff1d(train, labelled)] = UNLABELLED
     if options.label_noise:
-        if regression or not len(budgeted) or len(label_names) < 2:
-            raise ValueError(f"label_noise needs labels of two classes or more, which {task} has not: set it to 0")
-        flipped = rngs[4].choice(budgeted, round(options.label_noise * len(budgeted)), replace=False)
-        offset = 1 if options.noise_type == "pair" else rngs[4].integers(1, len(label_names), len(flipped))
-        labels["train"][flipped] = (clean[flipped] + offset) % len(label_names)
-
-    def finished(name: str, rows: np.ndarray | None = None) -> Dataset:
-        split = splits[name].select_columns(list(content)).rename_columns(content)
-        split = split.add_column("label", labels[name]).add_column("index", np.arange(len(split)))
-        return split if rows is None else split.select(rows)
-
-    def evaluation_rows(name: str, rows: np.ndarray, seed: int) -> np.ndarray:
-        if options.max_eval_samples is None or options.max_eval_samples >= len(rows):
-            return rows
-        groups = np.zeros(len(labels[name]), dtype=np.int64) if regression else labels[name]
-        return stratified_rows(groups, rows, options.max_eval_samples, np.random.default_rng([seed, 5]))
-
-    if "validation" in splits:
-        validation = "validation", np.arange(len(splits["validation"]))
-    else:
-        validation = "train", cuts.get("validation", np.array([], dtype=int))
-    whole = {name: np.arange(len(split)) for name, split in splits.items()}
-    others = {name for name in splits if name not in ("train", "validation")}
-    evaluated = {
-        # A split without labels is only predicted, and whoever asked for the predictions wants all of them.
-        name: finished(name, evaluation_rows(name, whole[name], 0) if (labels[name] != UNLABELLED).any() else None)
-        for name in sorted(others)
-    }
-    return TaskData(
-        train=finished("train", train),
-        validation=finished(validation[0], evaluation_rows(*validation, options.seed)),
-        test=evaluated.pop("test", None),
-        task=task,
-        label_names=label_names,
-        held_out=finished("train", cuts["held_out"]) if "held_out" in cuts else None,
-        extra=evaluated,
-    )
+        if label_names is None or len(label_names) < 2 or not len(labelled):
+            raise ValueError("label_noise needs labels of two classes or more, which this set has not: set it to 0")
+        rng = _generator(options, 4)
+        flipped = rng.choice(labelled, round(options.label_noise * len(labelled)), replace=False)
+        offset = 1 if options.noise_type == "pair" else rng.integers(1, len(label_names), len(flipped))
+        seen[flipped] = (labels[flipped] + offset) % len(label_names)
+    return seen
 
 
 def _check_class_sizes(labels: np.ndarray, label_names: list[str] | None, cut: str) -> None:
@@ -282,7 +291,7 @@ def _check_class_sizes(labels: np.ndarray, label_names: list[str] | None, cut: s
         )
 
 
-def _check_budget(budget: int, labels: np.ndarray, label_names: list[str] | None) -> None:
+def _check_budget(budget: int, labels: np.ndarray) -> None:
     if budget > len(labels):
         raise ValueError(f"labels={budget} exceeds the {len(labels)} labelled training samples: lower it")
     classes = len(np.unique(labels))

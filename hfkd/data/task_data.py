@@ -2,10 +2,15 @@
 
 from dataclasses import dataclass, field
 
-import pyarrow.types
-from datasets import Dataset
+from datasets import Dataset, Value
+
 
 UNLABELLED = -100
+
+
+def is_text(feature) -> bool:
+    """Whether a column holds strings."""
+    return isinstance(feature, Value) and feature.dtype in ("string", "large_string")
 
 
 @dataclass
@@ -54,7 +59,7 @@ class TaskData:
     @property
     def text_columns(self) -> list[str]:
         """Names of the text columns in order: one, or two for a pair; none for images or after ``tokenize``."""
-        return [field.name for field in self.train.features.arrow_schema if pyarrow.types.is_string(field.type)]
+        return [name for name, feature in self.train.features.items() if is_text(feature)]
 
     def splits(self) -> dict[str, Dataset]:
         """Every split by name, those in ``extra`` included."""

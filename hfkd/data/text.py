@@ -4,13 +4,14 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from datasets import Dataset, Value
+from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
 from hfkd.data.glue import GLUE_TASKS, MNLI_EXTRAS
-from hfkd.data.sources import existing_folder, load_files, load_from_hub, load_parquet_folder
+from hfkd.data.sources import existing_folder, load_files, load_from_hub, load_parquet_folder, usual_splits
 from hfkd.data.splits import SplitOptions, find_label_column, make_task_data
-from hfkd.data.task_data import TaskData
+from hfkd.data.task_data import TaskData, is_text
+
 
 _GLUE_HUB_ID = "nyu-mll/glue"
 # Only an empty field is a missing one: "null" and "NA" are words.
@@ -113,12 +114,11 @@ def load_text_data(
             "as data_dir, or train_file"
         )
 
-    if glue and not files:
+    hidden = ()
+    if not files and glue:
         splits, hidden = _name_glue_splits(splits)
-    else:
-        splits, hidden = {n: splits[n] for n in ("train", "validation", "test") if n in splits}, ()
-        if not files and "validation" in splits and "test" not in splits:
-            splits["test"] = splits.pop("validation")
+    elif not files:
+        splits = usual_splits(splits)
     columns = list(glue.text_columns) if glue else _find_text_columns(splits["train"])
     for name, split in splits.items():
         _check_text(name, split, columns)
@@ -165,11 +165,7 @@ def _find_text_columns(split: Dataset) -> list[str]:
     if {"sentence1", "sentence2"} <= set(split.column_names):
         return ["sentence1", "sentence2"]
     label = find_label_column(split)
-    columns = [
-        name
-        for name, feature in split.features.items()
-        if isinstance(feature, Value) and feature.dtype in ("string", "large_string") and name != label
-    ]
+    columns = [name for name, feature in split.features.items() if is_text(feature) and name != label]
     if not 1 <= len(columns) <= 2:
         raise ValueError(
             f"expected one text column or two, found {len(columns)} ({', '.join(columns)}) among "
@@ -212,48 +208,46 @@ def tokenize(
         ValueError: If the data has no text columns.
     """
     if not data.text_columns:
-        raise ValueError(f"{data.task} has no text columns, only {data.train.column_names}: pass load_text_data's result")
-    splits = _encode(data.splits(), data.text_columns, tokenizer, "", max_length)
+        raise ValueError(f"no text among {data.train.column_names}: pass what load_text_data returned")
+    raw = data.splits()
+    splits = _encode(raw, data.text_columns, data.text_columns, tokenizer, max_length)
     if teacher_tokenizer is not None and teacher_tokenizer is not tokenizer:
-        twins = _encode(splits, data.text_columns, teacher_tokenizer, "teacher_", max_length)
-        if tokenizer.padding_side != teacher_tokenizer.padding_side or not _twins_agree(twins):
-            splits = twins
-    splits = {name: split.remove_columns(data.text_columns) for name, split in splits.items()}
+        # Under their usual names, which `datasets` stores in small integers.
+        twins = _encode(raw, data.text_columns, data.train.column_names, teacher_tokenizer, max_length)
+        if tokenizer.padding_side != teacher_tokenizer.padding_side or not all(
+            map(_agree, splits.values(), twins.values())
+        ):
+            for name, twin in twins.items():
+                twin = twin.rename_columns({column: f"teacher_{column}" for column in twin.column_names})
+                splits[name] = concatenate_datasets([splits[name], twin], axis=1)
     splits = {name: split.rename_column("label", "labels") for name, split in splits.items()}
+    # `map` leaves an empty split without the new columns.
+    splits = {name: splits.get(name, splits["train"].select([])) for name in raw}
     fields = {name: splits.get(name) for name in ("train", "validation", "test", "held_out")}
     return dataclasses.replace(data, **fields, extra={name: splits[name] for name in data.extra})
 
 
 def _encode(
-    splits: dict[str, Dataset], columns: list[str], tokenizer: PreTrainedTokenizerBase, prefix: str, max_length: int
+    splits: dict[str, Dataset], texts: list[str], drop: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> dict[str, Dataset]:
-    """Add the tokenizer's columns under a prefix."""
+    """Replace the columns ``drop`` of every split that has rows by what the tokenizer makes of ``texts``."""
     options = {"truncation": True, "max_length": min(max_length, tokenizer.model_max_length)}
     # RoBERTa's are all zero: no information, and a GPT-2 would add an embedding for them.
     probe = tokenizer("a", "b", return_token_type_ids=True)["token_type_ids"]
     options["return_token_type_ids"] = "token_type_ids" in tokenizer.model_input_names or any(probe)
 
     def encode(rows):
-        encoded = tokenizer(*(rows[column] for column in columns), **options)
-        return {prefix + name: encoded[name] for name in encoded}
+        return dict(tokenizer(*(rows[column] for column in texts), **options))
 
-    encoded = {
-        name: split.map(encode, batched=True, desc=f"Tokenizing {prefix}{name}")
+    return {
+        name: split.map(encode, batched=True, remove_columns=drop, desc=f"Tokenizing {name}")
         for name, split in splits.items()
         if len(split)
     }
-    # `map` leaves an empty split without the new columns.
-    return {name: encoded.get(name, encoded["train"].select([])) for name in splits}
 
 
-def _twins_agree(splits: dict[str, Dataset]) -> bool:
-    names = {name.removeprefix("teacher_") for name in splits["train"].column_names if name.startswith("teacher_")}
-    own = {name for name in ("input_ids", "attention_mask", "token_type_ids") if name in splits["train"].column_names}
-    if names != own:
-        return False
-    return all(
-        split.data.column(name).equals(split.data.column("teacher_" + name))
-        for split in splits.values()
-        if len(split)
-        for name in names
+def _agree(split: Dataset, twin: Dataset) -> bool:
+    names = [name for name in split.column_names if name not in ("label", "index")]
+    return set(names) == set(twin.column_names) and all(
+        split.data.column(name).equals(twin.data.column(name)) for name in names
     )

@@ -32,6 +32,12 @@ def student_from_teacher(
         ValueError: If the architecture is another, or the layers are not the teacher's.
 
     Source: Sanh et al. 2019, "DistilBERT", arXiv 1910.01108, section 3 (every second layer of the teacher).
+
+    >>> from transformers import BertConfig, BertModel
+    >>> config = BertConfig(hidden_size=8, num_attention_heads=2, intermediate_size=8, num_hidden_layers=6)
+    >>> student = student_from_teacher(BertModel(config), num_layers=2)  # the layers 0 and 5
+    >>> student.config.num_hidden_layers
+    2
     """
     config = copy.deepcopy(teacher.config)
     if config.model_type not in MODEL_TYPES:

@@ -17,7 +17,7 @@ from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
 
 MODEL_NAMES = (
     "resnet8", "resnet14", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "resnet8x4", "resnet32x4",
-    "resnet18", "resnet50", "wrn_16_1", "wrn_16_2", "wrn_28_2", "wrn_28_10", "wrn_40_1", "wrn_40_2", "vgg8", "vgg13",
+    "resnet18", "resnet50", "wrn_16_1", "wrn_16_2", "wrn_28_2", "wrn_40_1", "wrn_40_2", "vgg8", "vgg13",
     "mobilenetv2", "shufflenetv1", "shufflenetv2",
 )  # fmt: skip
 """The names used in papers; any ``resnet{6n+2}``, ``resnet{6n+2}x4`` and ``wrn_{6n+4}_{k}`` works too."""
@@ -30,7 +30,7 @@ class CifarConfig(PreTrainedConfig):
         architecture: One of :data:`MODEL_NAMES`, or another depth of the ResNet and WRN families.
         shortcut: Where a ResNet changes its shape: ``"B"``, a 1x1 convolution with BatchNorm (the CRD networks), or
             ``"A"``, subsampling and zero channels (He et al. 2016 on CIFAR). Other families ignore it.
-        image_size: Side of the square images that the network is meant for; every multiple of 16 works.
+        image_size: Side of the square images that the network is meant for; it pools globally, so others work too.
         num_channels: Channels of the images.
         image_mean: Mean that the inputs are normalised with; CIFAR-100's in the CRD recipe.
         image_std: Standard deviation that they are normalised with; likewise.
