@@ -3,7 +3,8 @@
     accelerate launch examples/run_glue_kd.py --task mrpc --teacher MODEL --train_teacher --student_layers 2 \
         --distiller kd --distiller_kwargs '{"alpha": 0.9, "temperature": 2}' --output_dir outputs/mrpc
 
-The student is cut out of the teacher (--student_layers) or named (--student); without --teacher it learns alone. Own
+The student is cut out of the teacher (--student_layers) or named (--student). Without --teacher, or with --distiller
+studentalone, it learns from the labels alone; that is also how to fine-tune a teacher once for several students. Own
 data: --train_file train.csv --validation_file dev.csv. Also from a file, which flags override: python
 examples/run_glue_kd.py config.yaml --seed 1. With --do_predict the splits without labels get a file of predictions in
 GLUE's format. Two processes on a machine without GPU: torchrun --nproc_per_node 2 examples/run_glue_kd.py … --use_cpu
@@ -143,6 +144,8 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
     distiller = None
     if model_args.distiller is not None:
         distiller = make_distiller(model_args.distiller, **json.loads(model_args.distiller_kwargs))
+        if not distiller.needs_teacher:
+            teacher = None  # the student was cut out of it and learns alone from there
     trainer = trainer_for(
         student,
         data,

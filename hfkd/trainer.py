@@ -86,6 +86,7 @@ class _Hooks(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer._term_sums, self.trainer._term_count = {}, 0
         self.trainer._report_teacher()
         self.trainer.distiller.on_train_begin(self.trainer.context)
 
@@ -255,6 +256,7 @@ class DistillationTrainer(Trainer):
             )
         self._term_sums: dict[str, Tensor] = {}
         self._term_count = 0
+        self._evaluated = torch.zeros(2, device=self.args.device)  # sum of losses, number of labelled samples
         self.add_callback(_Hooks(self))
 
     def _eval_datasets(self) -> dict[str, Dataset]:
@@ -348,9 +350,23 @@ class DistillationTrainer(Trainer):
             if self.problem_type == "single_label" and not labels.is_floating_point():
                 labels = labels.masked_fill(labels == -1, IGNORE_INDEX)  # the hidden labels of a benchmark's test set
             per_sample = HardLabelLoss(self.problem_type)(logits, labels)
-            labelled = (labels != IGNORE_INDEX).sum() if labels.ndim == 1 else len(labels)
-            loss = per_sample.sum() / labelled
+            labelled = labels != IGNORE_INDEX if labels.ndim == 1 else torch.ones_like(per_sample, dtype=torch.bool)
+            loss = per_sample.sum() / labelled.sum()
+            per_sample, labelled = self.accelerator.gather_for_metrics((per_sample, labelled))
+            self._evaluated += torch.stack([per_sample.sum(), labelled.sum()])
         return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        self._evaluated.zero_()
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        # transformers averages batches, whatever number of labelled samples they hold: none at all gives NaN.
+        loss, labelled = self._evaluated.tolist()
+        output.metrics.pop(f"{metric_key_prefix}_loss", None)
+        if labelled:
+            output.metrics[f"{metric_key_prefix}_loss"] = loss / labelled
+        return output
 
     # Logging
 
@@ -373,7 +389,7 @@ class DistillationTrainer(Trainer):
 
         Args:
             dataset: What to score it on; the (first) evaluation set by default.
-            max_samples: At most so many samples, evenly spread over the set.
+            max_samples: At most so many samples, evenly spread over the set; a stream is scored whole.
 
         Returns:
             What ``compute_metrics`` returns, or the accuracy (regression: the mean squared error); nothing where no
@@ -388,7 +404,8 @@ class DistillationTrainer(Trainer):
             dataset = next(iter(self._eval_datasets().values()), None)
         if dataset is None:
             raise ValueError("pass a dataset: the trainer has no eval_dataset")
-        if max_samples is not None and len(dataset) > max_samples:
+        is_stream = isinstance(dataset, IterableDataset)
+        if max_samples is not None and not is_stream and len(dataset) > max_samples:
             chosen = torch.linspace(0, len(dataset) - 1, max_samples).long().tolist()
             dataset = dataset.select(chosen) if hasattr(dataset, "select") else Subset(dataset, chosen)
         predictions, labels = [], []
@@ -398,6 +415,8 @@ class DistillationTrainer(Trainer):
             for batch in tqdm(loader, desc="Teacher", disable=hidden, leave=False):
                 batch = self._with_labels(self._prepare_inputs(batch))
                 logits = in_float32(self.teacher(batch)).logits
+                if self.compute_metrics is not None and self.preprocess_logits_for_metrics is not None:
+                    logits = self.preprocess_logits_for_metrics(logits, batch["labels"])
                 logits, batch_labels = self.accelerator.gather_for_metrics((logits, batch["labels"]))
                 predictions.append(logits.cpu())
                 labels.append(batch_labels.cpu())

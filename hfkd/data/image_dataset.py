@@ -11,7 +11,7 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2.functional import resize
+from torchvision.transforms.v2.functional import resize, to_pil_image
 from tqdm.auto import tqdm
 from transformers import BaseImageProcessor
 from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
@@ -79,8 +79,8 @@ class ImageDataset(Dataset):
         if not len(split):
             raise ValueError("the split is empty: it was cut with validation_fraction=0, so there is nothing to load")
         self.split = split.select_columns("image")
-        columns = split.select_columns(["label", "index"]).with_format("numpy")[:]
-        self.labels, self.index = columns["label"].astype(np.int64), columns["index"].astype(np.int64)
+        columns = split.select_columns(["label", "index"])[:]
+        self.labels, self.index = (np.array(columns[name], dtype=np.int64) for name in ("label", "index"))
         if num_labels is not None:
             known = self.labels[self.labels != UNLABELLED]
             if len(known) and not 0 <= known.min() <= known.max() < num_labels:
@@ -245,9 +245,10 @@ class _View:
         self.scale = (white[0, :, centre[0], centre[1], None, None] - self.offset) / 255
         noise = torch.from_numpy(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
         self.probe = self.process(noise)
-        # A processor that only resizes and normalises is done without, several times faster.
-        fits = [mode for mode in _RESAMPLING if torch.allclose(self._simply(noise, mode), self.probe, atol=1e-4)]
-        self.resampling = fits[0] if fits else None
+        # A processor that only resizes and normalises is done without, several times faster. PIL and torch round
+        # differently, so within a grey level.
+        errors = {mode: ((self._simply(noise, mode) - self.probe) / self.scale).abs().max() for mode in _RESAMPLING}
+        self.resampling = next((mode for mode, error in errors.items() if error < 1.01), None)
 
     @property
     def mean_colour(self) -> tuple[int, int, int]:
@@ -262,7 +263,8 @@ class _View:
     def process(self, images: Tensor | list[PIL.Image.Image]) -> Tensor:
         """The processor's own work, as in evaluation: pixels in 0..255 in, (B, C, H, W) float32 out."""
         if isinstance(images, Tensor) and isinstance(self.processor, TimmWrapperImageProcessor):
-            images = images.float() / 255
+            # timm's transforms take tensors too, but their bicubic resizing then overshoots.
+            images = [to_pil_image(image) for image in images.round().to(torch.uint8)]
         return self.processor(images=images, return_tensors="pt")["pixel_values"]
 
     def convert(self, images: list[PIL.Image.Image]) -> list[PIL.Image.Image]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import datasets
 from datasets import Dataset
+from datasets.exceptions import DatasetGenerationError
 
 
 # "train-00000-of-00001.parquet", with the hash that older uploads carry, or plain "train.parquet".
@@ -54,8 +55,9 @@ def load_files(kind: str, paths: list[str], **options) -> Dataset:
     """One split from files that ``datasets`` reads as ``kind``; a split a call, as their columns may differ."""
     try:
         return datasets.load_dataset(kind, data_files=paths, split="train", **options)
-    except ValueError as error:
-        raise ValueError(f"cannot read {', '.join(paths)} ({error}): check that it has rows under a header") from error
+    except (ValueError, DatasetGenerationError) as error:
+        reason = error.__cause__ or error
+        raise ValueError(f"cannot read {', '.join(paths)} ({reason}): check that it has rows and a header") from error
 
 
 def usual_splits(splits: dict[str, Dataset]) -> dict[str, Dataset]:
