@@ -26,7 +26,7 @@ setup(
         "torch>=2.6",
         "transformers>=5.17,<6",
         "accelerate>=1.10",
-        "datasets>=4.0",
+        "datasets>=5.0",
         "evaluate>=0.4.6",
         "timm>=1.0.15",
         "peft>=0.18",

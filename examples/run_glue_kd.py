@@ -109,7 +109,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
             eval_dataset=data.validation or None,
             held_out_dataset=data.held_out,
             processing_class=tokenizer,
-            compute_metrics=compute_metrics(data.task),
+            compute_metrics=compute_metrics(raw),
             **kwargs,
         )
 
@@ -171,7 +171,8 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
     if args.do_predict:
         for split, dataset in unlabelled.items():
             predictions = trainer.predict(dataset).predictions
-            write_predictions(args.output_dir, split if split in ("ax", "mnli-mm") else data.task, predictions)
+            task = {"ax": "ax", "official_test_mnli-mm": "mnli-mm"}.get(split, raw.task)
+            write_predictions(args.output_dir, task, predictions, raw.label_names)
 
     trainer.save_model()
     trainer.save_state()

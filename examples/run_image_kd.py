@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 from transformers import set_seed
 
-from hfkd import DistillationTrainer, DistillationTrainingArguments
+from hfkd import DistillationTrainer, DistillationTrainingArguments, Distiller
 from hfkd.cli import parse_arguments
 from hfkd.data import ImageDataset, load_image_data, processor_for
 from hfkd.distillers import make_distiller
@@ -78,7 +78,12 @@ class TrainingArguments(DistillationTrainingArguments):
     logging_steps: float = field(default=50, metadata={"help": "Steps between log lines."})
 
 
-def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> dict[str, float]:
+def run(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    args: TrainingArguments,
+    distiller: Distiller | None = None,
+) -> dict[str, float]:
     """Train, evaluate on validation and test, save; return what all_results.json holds."""
     data = load_image_data(
         data_args.dataset,
@@ -151,7 +156,6 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
         pretrained=model_args.student_pretrained,
         trust_remote_code=model_args.trust_remote_code,
     )
-    distiller = None
     if model_args.distiller is not None:
         distiller = make_distiller(model_args.distiller, **json.loads(model_args.distiller_kwargs))
     trainer, test = trainer_for(student, model_args.student, args, teacher, model_args.teacher, distiller)

@@ -27,10 +27,14 @@ def problem_type_of(model: nn.Module) -> str:
     return "regression" if model.config.num_labels == 1 else "single_label"
 
 
+def _label_column(dataset: datasets.Dataset) -> str | None:
+    return next((name for name in ("labels", "label", "label_ids") if name in dataset.column_names), None)
+
+
 def dataset_labels(dataset: Dataset | None) -> np.ndarray | None:
     """The labels of a data set without running its transforms, or None where they cannot be had so."""
     if isinstance(dataset, datasets.Dataset):
-        name = next((name for name in ("labels", "label", "label_ids") if name in dataset.column_names), None)
+        name = _label_column(dataset)
         return None if name is None else np.asarray(dataset.with_format("numpy")[name][:])
     labels = getattr(dataset, "labels", None)
     return None if labels is None else np.asarray(labels)
@@ -61,13 +65,15 @@ def check_labels(dataset: Dataset, which: str, config: PretrainedConfig, problem
             f"{num_labels - 1}: give the student num_labels={int(max(wrong.max() + 1, num_labels))}, or correct the "
             "labels (-100 marks an unlabelled sample)"
         )
-    features = dataset.features.values() if isinstance(dataset, datasets.Dataset) else ()
-    for names in (feature.names for feature in features if isinstance(feature, datasets.ClassLabel)):
-        if align_labels(named_labels(config), names, whose=f"the {which} set") is not None:
-            raise ValueError(
-                f"the {which} set numbers the classes as {names[:5]}…, and the student as {named_labels(config)[:5]}…: "
-                "build the student with id2label in the data set's order"
-            )
+    feature = dataset.features[_label_column(dataset)] if isinstance(dataset, datasets.Dataset) else None
+    if not isinstance(feature, datasets.ClassLabel):
+        return
+    names = feature.names
+    if align_labels(named_labels(config), names, whose=f"the {which} set") is not None:
+        raise ValueError(
+            f"the {which} set numbers the classes as {names[:5]}…, and the student as {named_labels(config)[:5]}…: "
+            "build the student with id2label in the data set's order"
+        )
 
 
 def check_columns(dataset: Dataset | None, distiller: Distiller) -> None:

@@ -27,7 +27,7 @@ from hfkd.context import DistillationContext
 from hfkd.data import DistillationCollator
 from hfkd.distillers import KD, Distiller, ModelOutputs, StudentAlone
 from hfkd.distillers.base import IGNORE_INDEX, HardLabelLoss, autocast_off, weighted_mean
-from hfkd.features import detached, find_module, in_float32, input_names, run_model, use_channels_last
+from hfkd.features import base_model, detached, find_module, in_float32, input_names, run_model, use_channels_last
 from hfkd.modelcard import write_model_card
 from hfkd.teacher import Teacher
 from hfkd.training_args import DistillationTrainingArguments
@@ -225,7 +225,7 @@ class DistillationTrainer(Trainer):
         if self.teacher_model is not None:
             label_order = None if made is not None else check_teacher(self.teacher_model, model, distiller)
             for path in distiller.teacher_layers:
-                find_module(self.teacher_model, path.partition(":")[0])
+                find_module(base_model(self.teacher_model), path.partition(":")[0])
             if distiller.trains_teacher:
                 if label_order is not None:
                     raise ValueError("a teacher that is trained must have the student's classes in the same order")
@@ -241,7 +241,7 @@ class DistillationTrainer(Trainer):
                 )
             use_channels_last(self.teacher_model)
         for path in distiller.student_layers:
-            find_module(model, path.partition(":")[0])
+            find_module(base_model(model), path.partition(":")[0])
         use_channels_last(model)
 
         with torch.random.fork_rng():
@@ -443,9 +443,9 @@ class DistillationTrainer(Trainer):
             self.teacher_model.save_pretrained(os.path.join(output_dir, TEACHER_FOLDER))
 
     def _load_optimizer_and_scheduler(self, checkpoint):
-        super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self._load_distiller(checkpoint)
+        super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_distiller(self, checkpoint: str) -> None:
         path = Path(checkpoint, DISTILLER_NAME)

@@ -99,6 +99,9 @@ class ImageDataset(Dataset):
             teacher = _View(teacher_processor, first.height, first.width)
             if not teacher.agrees_with(self.views["pixel_values"]):
                 self.views["teacher_pixel_values"] = teacher
+        if self.pixels is None and augment in ("crop", "crop_flip"):
+            for view in self.views.values():
+                view.check_colours()
         # The larger of both views; the smaller one is resized from the same crop.
         size = max((view.size for view in self.views.values()), key=min)
         self.resized_crop = RandomResizedCropAndInterpolation(size, interpolation="bilinear")
@@ -255,6 +258,16 @@ class _View:
         """The colour that normalisation maps to zero."""
         mean = (-self.offset / self.scale).flatten().clamp(0, 255).round().int().tolist()
         return tuple(mean * 3) if self.channels == 1 else tuple(mean)
+
+    def check_colours(self) -> None:
+        """Raise where crops, which the processor does not see, would get other colours than whole images."""
+        colour = torch.tensor([32, 96, 160][: self.channels], dtype=torch.uint8).view(1, -1, 1, 1)
+        plain = colour.expand(-1, -1, *self.size)
+        if not torch.allclose(self.process(plain), self._simply(plain, InterpolationMode.BILINEAR), atol=1e-4):
+            raise ValueError(
+                f"{type(self.processor).__name__} reorders or mixes colours, which random crops would not follow: use "
+                "augment=None or 'flip', or a processor that does not"
+            )
 
     def agrees_with(self, other: "_View") -> bool:
         """Whether both make the same tensor of an image."""

@@ -114,14 +114,21 @@ def _read_labels(
     splits: dict[str, Dataset], label_names: list[str] | None, missing: float | None
 ) -> tuple[dict[str, np.ndarray], list[str] | None]:
     """Labels of every split as int64, or float32 for regression, -100 for none; and the class names."""
-    values = {}
-    for name, split in splits.items():
-        column = find_label_column(split)
-        # One column alone: no image is decoded for it.
-        values[name] = split.select_columns([column])[:][column] if column else [None] * len(split)
-    column = find_label_column(splits["train"])
+    columns = {name: find_label_column(split) for name, split in splits.items()}
+    column = columns["train"]
     if column is None:
+        labelled = [name for name in splits if columns[name] is not None]
+        if labelled:
+            raise ValueError(
+                f"train has no label column, but {labelled[0]} has {columns[labelled[0]]!r}: add one to train, with "
+                "-1 for 'no label'"
+            )
         return {name: np.full(len(split), UNLABELLED, dtype=np.int64) for name, split in splits.items()}, label_names
+    values = {
+        # One column alone: no image is decoded for it.
+        name: split.select_columns([columns[name]])[:][columns[name]] if columns[name] else [None] * len(split)
+        for name, split in splits.items()
+    }
     feature = splits["train"].features[column]
     if isinstance(feature, ClassLabel):
         label_names = feature.names

@@ -1,0 +1,65 @@
+"""What every test gets: the folder of ``helpers`` on the path, cheap garbage collection, two-process results."""
+
+import gc
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from filelock import FileLock
+
+
+TESTS = Path(__file__).parent
+sys.path.insert(0, str(TESTS))
+torch.set_num_threads(1)  # the models are tiny, and several workers share the cores
+
+
+def pytest_collection_finish(session):
+    # Every train() collects garbage; looking through what the imports left takes seven times as long as a tiny run.
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure(config):
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="session")
+def launch():
+    """Run a module of torch or accelerate as a child, on the CPU and away from other workers' ports."""
+
+    def run(*command: object) -> subprocess.CompletedProcess:
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "FSDP_", "PYTEST_"))}
+        environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+        line = [sys.executable, "-m", *map(str, command)]
+        return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def two_processes(launch, tmp_path_factory):
+    """Results of the scenarios of ``two_processes.py``: ``[name][rank]``; run once, whatever the number of workers."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "two_processes"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            done = launch(
+                "torch.distributed.run",
+                "--nproc_per_node=2",
+                "--rdzv-backend=c10d",
+                "--rdzv-endpoint=localhost:0",
+                TESTS / "two_processes.py",
+                folder,
+                "--use_cpu",
+            )
+            folder.mkdir(exist_ok=True)
+            (folder / "output.txt").write_text(f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}")
+    files = sorted(folder.glob("*.pt"))
+    assert files, (folder / "output.txt").read_text()
+    return {
+        name: [torch.load(folder / f"{name}-{rank}.pt", weights_only=False) for rank in (0, 1)]
+        for name in {file.stem.rpartition("-")[0] for file in files}
+    }

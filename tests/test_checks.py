@@ -1,0 +1,333 @@
+"""What is refused before a run starts, and that each message names the remedy."""
+
+import copy
+import os
+
+import datasets
+import pytest
+import torch
+from helpers import (
+    NUM_LABELS,
+    Bank,
+    MovingAverage,
+    Mutual,
+    Weighted,
+    largest_difference,
+    logged,
+    make_trainer,
+    rows,
+    tiny,
+    tiny_teacher,
+    weights,
+)
+from torch import nn
+from torch.utils.data import IterableDataset
+
+from hfkd import DistillationTrainer, DistillationTrainingArguments
+from hfkd.distillers import KD, TTM, StudentAlone, Wrapper
+from hfkd.teacher import align_labels, head_looks_new
+
+
+NAMES = ["cat", "dog", "owl", "fox", "bee"]
+
+
+def named(model, names):
+    model.config.id2label = dict(enumerate(names))
+    model.config.label2id = {name: i for i, name in enumerate(names)}
+    return model
+
+
+def as_datasets(dataset, **columns):
+    features = {name: [row[name].tolist() for row in dataset] for name in dataset.columns}
+    return datasets.Dataset.from_dict({**features, **columns})
+
+
+class Stream(IterableDataset):
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __iter__(self):
+        return (self.dataset[i] for i in range(len(self.dataset)))
+
+
+# Teacher
+
+
+def test_a_teacher_of_other_classes_is_refused(tmp_path):
+    teacher = named(tiny_teacher("bert"), ["cat", "dog", "owl", "fox", "wasp"])
+    with pytest.raises(ValueError, match=r"only there \['wasp'\], only in the student \['bee'\].*set id2label on both"):
+        make_trainer(tmp_path, named(tiny("bert"), NAMES), teacher, KD(), rows("bert"))
+
+
+def test_a_teacher_with_another_number_of_classes_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="teacher has 7 classes and the student 5: .*num_labels="):
+        make_trainer(tmp_path, tiny("bert"), tiny_teacher("bert", num_labels=7), KD(), rows("bert"))
+
+
+def test_permuted_classes_are_put_into_the_students_order(tmp_path):
+    """A teacher whose classes are permuted teaches exactly what the unpermuted one teaches."""
+    order = [3, 0, 4, 1, 2]  # the permuted teacher's class i is the plain one's class order[i]
+    plain = named(tiny_teacher("bert"), NAMES)
+    permuted = named(copy.deepcopy(plain), [NAMES[i].upper() + " " for i in order])
+    with torch.no_grad():
+        permuted.classifier.weight.copy_(plain.classifier.weight[order])
+        permuted.classifier.bias.copy_(plain.classifier.bias[order])
+    trained = []
+    for teacher in (plain, permuted):
+        student, dataset = named(tiny("bert"), NAMES), rows("bert")
+        trainer = make_trainer(tmp_path, student, teacher, KD(), dataset, trainer={"eval_dataset": dataset})
+        trainer.train()
+        trained.append((weights(student), logged(trainer, "teacher_accuracy")))
+    assert largest_difference(trained[0][0], trained[1][0]) <= 1e-6
+    assert trained[0][1] == trained[1][1]
+
+
+def test_label_names_are_matched_by_name():
+    assert align_labels(["a", "b", "c"], ["c", "a", "b"], whose="x") == [1, 2, 0]
+    assert align_labels(["a", "b"], ["A ", "b"], whose="x") is None
+    assert align_labels(None, ["a", "b"], whose="x") is None
+    with pytest.raises(ValueError, match="the classes of x are not the student's"):
+        align_labels(["a", "a", "b"], ["a", "b", "a"], whose="x")
+
+
+def test_a_fresh_head_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"BertForSequenceClassification\) is freshly initialised.*--train_teacher"):
+        make_trainer(tmp_path, tiny("bert"), tiny("bert", seed=1), KD(), rows("bert"))
+
+
+def test_a_fresh_head_is_fine_where_the_teacher_is_trained(tmp_path):
+    make_trainer(tmp_path, tiny("bert"), tiny("bert", seed=1), Mutual(), rows("bert")).train()
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert", "vit", "resnet"])
+def test_heads_are_told_apart(family):
+    fresh = tiny(family, initializer_range=0.02)
+    # A ResNet's last layer is initialised by PyTorch, with a random bias: not recognised, as the docstring says.
+    assert head_looks_new(fresh) is (family != "resnet")
+    assert not head_looks_new(tiny_teacher(family, initializer_range=0.02))
+    trained = tiny(family, initializer_range=0.02)
+    head = [module for module in trained.modules() if isinstance(module, nn.Linear)][-1]
+    nn.init.zeros_(head.bias)
+    head.weight.data.mul_(3)  # trained without moving the bias
+    assert not head_looks_new(trained)
+
+
+def test_the_student_as_its_own_teacher_is_refused(tmp_path):
+    student = tiny_teacher("bert")
+    with pytest.raises(ValueError, match=r"same object: pass copy.deepcopy\(student\)"):
+        make_trainer(tmp_path, student, student, KD(), rows("bert"))
+
+
+def test_a_teacher_without_configuration_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"teacher \(Linear\) has no config: wrap it as a PreTrainedModel"):
+        make_trainer(tmp_path, tiny("bert"), nn.Linear(2, 2), KD(), rows("bert"))
+
+
+@pytest.mark.parametrize("distiller", [KD(), Weighted(), Mutual()])
+def test_a_method_without_the_teacher_it_needs_is_refused(tmp_path, distiller):
+    with pytest.raises(ValueError, match=f"{type(distiller).__name__} needs a teacher: pass teacher_model="):
+        make_trainer(tmp_path, tiny("bert"), None, distiller, rows("bert"))
+
+
+def test_a_teacher_that_nobody_asks_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"StudentAlone uses no teacher: leave out teacher_model, or choose KD\(\)"):
+        make_trainer(tmp_path, tiny("bert"), tiny_teacher("bert"), StudentAlone(), rows("bert"))
+
+
+def test_a_second_teacher_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="MovingAverage brings its own teacher: leave out teacher_model"):
+        make_trainer(tmp_path, tiny("bert"), tiny_teacher("bert"), MovingAverage(), rows("bert"))
+
+
+def test_a_trained_teacher_with_permuted_classes_is_refused(tmp_path):
+    teacher = named(tiny_teacher("bert"), NAMES[::-1])
+    with pytest.raises(ValueError, match="trained must have the student's classes in the same order"):
+        make_trainer(tmp_path, named(tiny("bert"), NAMES), teacher, Mutual(), rows("bert"))
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_a_layer_that_does_not_exist_is_refused(tmp_path, side):
+    distiller = KD()
+    setattr(distiller, f"{side}_layers", ("bert.encoder.layer.7:input",))
+    with pytest.raises(ValueError, match=r"no module 'bert.encoder.layer.7'; near it are bert.encoder.layer"):
+        make_trainer(tmp_path, tiny("bert"), tiny_teacher("bert"), distiller, rows("bert"))
+
+
+# Labels
+
+
+@pytest.mark.parametrize("kind", ["datasets", "map-style"])
+@pytest.mark.parametrize(
+    ("label", "which", "message"),
+    [
+        (6, "train", r"labels of the train set hold \[6\].*5 classes, 0 to 4: give the student num_labels=7"),
+        (-1, "train", r"labels of the train set hold \[-1\].*-100 marks an unlabelled sample"),
+        (-7, "evaluation", r"labels of the evaluation set hold \[-7\]"),
+        (5, "evaluation", r"labels of the evaluation set hold \[5\].*num_labels=6"),
+    ],
+)
+def test_labels_outside_the_range_are_refused(tmp_path, kind, label, which, message):
+    sets = {"train": rows("bert"), "evaluation": rows("bert")}
+    sets[which].columns["labels"][2] = label
+    if kind == "datasets":
+        sets = {name: as_datasets(dataset) for name, dataset in sets.items()}
+    with pytest.raises(ValueError, match=message):
+        make_trainer(
+            tmp_path, tiny("bert"), None, None, sets["train"], trainer={"eval_dataset": sets["evaluation"]}
+        )
+
+
+def test_a_wrong_label_in_one_of_several_evaluation_sets_names_the_set(tmp_path):
+    wrong = rows("bert")
+    wrong.columns["labels"][0] = 9
+    with pytest.raises(ValueError, match="labels of the mismatched set"):
+        make_trainer(
+            tmp_path, tiny("bert"), None, None, rows("bert"),
+            trainer={"eval_dataset": {"matched": rows("bert"), "mismatched": wrong}},
+        )
+
+
+def test_unlabelled_samples_and_hidden_test_labels_are_fine(tmp_path):
+    train, evaluation = rows("bert"), rows("bert")
+    train.columns["labels"][:3] = -100
+    evaluation.columns["labels"][:] = -1
+    trainer = make_trainer(
+        tmp_path, tiny("bert"), tiny_teacher("bert"), KD(), train, trainer={"eval_dataset": evaluation}
+    )
+    trainer.train()
+    assert "eval_loss" not in trainer.evaluate()
+    assert logged(trainer, "teacher_accuracy") == []
+
+
+def test_labels_that_are_no_numbers_are_refused(tmp_path):
+    dataset = as_datasets(rows("bert")).remove_columns("labels").add_column("label", ["cat"] * 16)
+    with pytest.raises(ValueError, match="not numbers: map them to class indices first"):
+        make_trainer(tmp_path, tiny("bert"), None, None, dataset)
+
+
+def test_regression_targets_must_be_finite(tmp_path):
+    labels = torch.randn(16)
+    labels[4] = float("nan")
+    dataset = rows("bert").with_columns(labels=labels)
+    with pytest.raises(ValueError, match="NaN or infinity: remove those rows or set them to -100"):
+        make_trainer(tmp_path, tiny("bert", num_labels=1), None, None, dataset)
+
+
+def with_class_names(dataset, names):
+    return as_datasets(dataset).cast_column("labels", datasets.ClassLabel(names=names))
+
+
+def test_a_data_set_that_numbers_the_classes_otherwise_is_refused(tmp_path):
+    dataset = with_class_names(rows("bert"), NAMES[::-1])
+    with pytest.raises(ValueError, match="build the student with id2label in the data set's order"):
+        make_trainer(tmp_path, named(tiny("bert"), NAMES), None, None, dataset)
+    make_trainer(tmp_path, named(tiny("bert"), NAMES[::-1]), None, None, dataset)
+    make_trainer(tmp_path, tiny("bert"), None, None, dataset)  # LABEL_0, LABEL_1, … say nothing
+
+
+def test_other_columns_may_have_classes_of_their_own(tmp_path):
+    """Such as CIFAR-100's coarse labels."""
+    dataset = with_class_names(rows("bert"), NAMES).add_column("coarse_label", [0] * 16)
+    dataset = dataset.cast_column("coarse_label", datasets.ClassLabel(names=["large", "small"]))
+    make_trainer(tmp_path, named(tiny("bert"), NAMES), None, None, dataset)
+
+
+def test_no_labels_at_all_leave_the_student_alone_nothing_to_learn(tmp_path):
+    dataset = rows("bert").with_columns(labels=torch.full((16,), -100))
+    with pytest.raises(ValueError, match="no training sample has a label.*nothing to learn"):
+        make_trainer(tmp_path, tiny("bert"), None, None, dataset)
+    make_trainer(tmp_path, tiny("bert"), tiny_teacher("bert"), KD(), dataset).train()
+
+
+def test_multi_label_students_are_refused(tmp_path):
+    student = tiny("bert", problem_type="multi_label_classification")
+    with pytest.raises(ValueError, match="multi-label models are not supported: a sample has one class"):
+        make_trainer(tmp_path, student, None, None, rows("bert"))
+
+
+def test_soft_labels_are_refused_by_a_method_of_hard_ones(tmp_path):
+    distiller, dataset = KD(), rows("bert")
+    distiller.needs_hard_labels = dataset.soft_labels = True
+    with pytest.raises(ValueError, match="KD needs class indices as labels: turn Mixup and CutMix off"):
+        make_trainer(tmp_path, tiny("bert"), tiny_teacher("bert"), Wrapper(distiller).base, dataset)
+
+
+# Columns
+
+
+@pytest.mark.parametrize("kind", ["datasets", "map-style"])
+def test_a_missing_column_is_refused(tmp_path, kind):
+    dataset = rows("bert").with_columns(index=None)
+    dataset = as_datasets(dataset) if kind == "datasets" else dataset
+    remedy = r"no column index, which Bank needs: .*dataset.add_column\(\"index\", list\(range\(len\(dataset\)\)\)\)"
+    with pytest.raises(ValueError, match=remedy):
+        make_trainer(tmp_path, tiny("bert"), tiny_teacher("bert"), Bank(), dataset)
+
+
+def test_a_wrapper_asks_for_the_columns_of_its_base(tmp_path):
+    dataset = rows("bert").with_columns(index=None)
+    with pytest.raises(ValueError, match="no column index, which Weighted needs"):
+        make_trainer(tmp_path, tiny("bert"), tiny_teacher("bert"), Weighted(Bank()), dataset)
+
+
+@pytest.mark.parametrize("kind", ["datasets", "torch"])
+def test_a_stream_is_refused_where_rows_are_looked_up_and_works_elsewhere(tmp_path, kind):
+    stream = as_datasets(rows("bert")).to_iterable_dataset() if kind == "datasets" else Stream(rows("bert"))
+    more = {"eval_dataset": stream}
+    with pytest.raises(ValueError, match="looks samples up by index, and an IterableDataset has no fixed rows"):
+        make_trainer(tmp_path, tiny("bert"), tiny_teacher("bert"), Bank(), stream, trainer=more)
+    trainer = make_trainer(tmp_path, tiny("bert"), tiny_teacher("bert"), KD(), stream, max_steps=2, trainer=more)
+    trainer.train()
+    assert len(logged(trainer, "teacher_accuracy")) == 1
+    assert len(logged(trainer, "kd")) == 2
+
+
+# Arguments
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"), [("compute_loss_func", "write a Distiller"), ("model_init", "pass the student as model=")]
+)
+def test_arguments_that_would_bypass_the_trainer_are_refused(tmp_path, name, remedy):
+    with pytest.raises(ValueError, match=f"takes no {name}: {remedy}"):
+        make_trainer(tmp_path, tiny("bert"), tiny_teacher("bert"), KD(), rows("bert"), trainer={name: lambda *_: None})
+
+
+def test_a_distiller_by_name_is_refused(tmp_path):
+    with pytest.raises(TypeError, match=r"distiller must be a Distiller, got str: pass KD\(\), not its name"):
+        make_trainer(tmp_path, tiny("bert"), tiny_teacher("bert"), "kd", rows("bert"))
+
+
+def test_a_scheduler_that_does_not_know_the_distillers_parameters_is_refused(tmp_path):
+    def optimizers(student, scheduled):
+        optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+        return optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer) if scheduled else None
+
+    for distiller, scheduled in ((KD(), True), (Weighted(), False)):
+        student = tiny("bert")
+        more = {"optimizers": optimizers(student, scheduled)}
+        make_trainer(tmp_path, student, tiny_teacher("bert"), distiller, rows("bert"), trainer=more).train()
+    student = tiny("bert")
+    more = {"optimizers": optimizers(student, True)}
+    with pytest.raises(ValueError, match=r"pass optimizers=\(optimizer, None\), or neither"):
+        make_trainer(tmp_path, student, tiny_teacher("bert"), Weighted(), rows("bert"), trainer=more)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"distiller_learning_rate": 0.0}, "distiller_learning_rate must be positive, got 0.0: leave it out"),
+        ({"teacher_dtype": "int8"}, "teacher_dtype must be float32, bfloat16 or float16, got 'int8'"),
+    ],
+)
+def test_training_arguments_out_of_range_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        DistillationTrainingArguments("out", **wrong)
+
+
+def test_defaults_choose_the_method(tmp_path):
+    args = DistillationTrainingArguments(os.fspath(tmp_path), use_cpu=True, report_to="none")
+    assert type(DistillationTrainer(tiny("bert"), args=args).distiller) is StudentAlone
+    assert type(DistillationTrainer(tiny("bert"), tiny_teacher("bert"), args=args).distiller) is KD
+    assert NUM_LABELS == len(NAMES)
+    assert type(DistillationTrainer(tiny("bert"), tiny_teacher("bert"), TTM(), args).distiller) is TTM

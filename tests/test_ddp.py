@@ -1,0 +1,83 @@
+"""Two processes do what one does: results of real launches against the same scenario in this process."""
+
+import importlib
+
+import pytest
+import torch
+from helpers import Weighted, assert_identical, freeze_batch_norm, largest_difference, tiny, weights
+
+
+scenarios = importlib.import_module("two_processes")
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    """The result of a scenario in this process, which is all there is."""
+    done = {}
+
+    def run(name):
+        if name not in done:
+            done[name] = scenarios.SCENARIOS[name](tmp_path_factory.mktemp(name))
+        return done[name]
+
+    return run
+
+
+LEARNABLE = [("learnable_find_unused", True), ("learnable_all_used", False)]
+
+
+@pytest.mark.parametrize(("name", "find_unused"), LEARNABLE)
+def test_two_processes_of_four_equal_one_of_eight(two_processes, one_process, name, find_unused):
+    ranks = two_processes[name]
+    for result in ranks:
+        assert (result["processes"], result["type"], result["is_ddp"]) == (2, "MULTI_CPU", True)
+        assert result["find_unused"] is find_unused
+    assert_identical(ranks[0]["weights"], ranks[1]["weights"])
+    assert largest_difference(ranks[0]["weights"], one_process(name)["weights"]) <= 1e-6
+
+
+def test_the_equivalence_has_something_to_compare(one_process):
+    trained = one_process("learnable_all_used")["weights"]
+    start = weights(freeze_batch_norm(tiny("resnet")), Weighted())
+    assert (trained["0.classifier.1.bias"] - start["0.classifier.1.bias"]).abs().max() > 1e-2
+    assert (trained["1.log_factor"] - start["1.log_factor"]).abs().max() > 1e-3
+
+
+def test_student_alone_with_accumulation_equals_one_process(two_processes, one_process):
+    ranks = two_processes["student_alone"]
+    assert_identical(ranks[0]["weights"], ranks[1]["weights"])
+    assert largest_difference(ranks[0]["weights"], one_process("student_alone")["weights"]) <= 1e-6
+
+
+def test_a_trained_teacher_equals_one_process(two_processes, one_process):
+    ranks = two_processes["mutual"]
+    assert_identical(ranks[0]["weights"], ranks[1]["weights"])
+    assert largest_difference(ranks[0]["weights"], one_process("mutual")["weights"]) <= 1e-6
+
+
+def test_a_second_train_equals_one_process(two_processes, one_process):
+    ranks = two_processes["second_train"]
+    assert_identical(ranks[0]["weights"], ranks[1]["weights"])
+    assert largest_difference(ranks[0]["weights"], one_process("second_train")["weights"]) <= 1e-6
+
+
+def test_resume_in_mid_epoch_is_exact_on_two_processes(two_processes):
+    ranks = two_processes["resume"]
+    assert [result["difference"] for result in ranks] == [0.0, 0.0]
+    assert_identical(ranks[0]["weights"], ranks[1]["weights"])
+
+
+def test_terms_are_averaged_over_processes(two_processes, one_process):
+    expected = one_process("term_logs")
+    for result in two_processes["term_logs"]:
+        assert result.keys() == expected.keys()
+        for name, values in expected.items():
+            assert result[name] == pytest.approx(values, rel=1e-5)
+
+
+def test_evaluation_counts_every_labelled_sample_once(two_processes, one_process):
+    expected = one_process("evaluation")
+    for result in two_processes["evaluation"]:
+        assert result["teacher_accuracy"] == pytest.approx(expected["teacher_accuracy"])
+        assert result["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-5)
+        torch.testing.assert_close(result["predictions"], expected["predictions"])

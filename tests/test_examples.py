@@ -1,0 +1,161 @@
+"""The example scripts, as a user runs them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification, BertConfig, BertTokenizerFast
+from transformers import BertForSequenceClassification
+
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = ROOT / "examples"
+DATA = Path(os.environ.get("HFKD_DATA_DIR", ROOT.parent / "shared" / "data"))
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no real data: neither HFKD_DATA_DIR nor {DATA}")
+IMAGE = "--use_cpu --dataset digits --max_train_samples 64 --max_eval_samples 64 --max_steps 2 --student resnet8"
+
+
+def start(script, *flags, launcher=(sys.executable,), check=True):
+    words = [*launcher, str(EXAMPLES / script), *map(str, flags), "--disable_tqdm", "True"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment.pop("WORLD_SIZE", None)
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=300)
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def results(folder):
+    return json.loads((folder / "all_results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def image_teacher(tmp_path_factory):
+    """A CIFAR net that took a few steps on digits: not good, but trained."""
+    folder = tmp_path_factory.mktemp("teacher")
+    start("run_image_kd.py", *IMAGE.split(), "--output_dir", folder)
+    return folder
+
+
+def test_image_student_alone_is_a_plain_model_with_card_and_scores(image_teacher):
+    assert {"eval_accuracy", "test_accuracy", "world_size"} <= set(results(image_teacher))
+    assert AutoModelForImageClassification.from_pretrained(image_teacher).config.num_labels == 10
+    assert "trained without a teacher" in (image_teacher / "README.md").read_text()
+
+
+def test_image_flags_come_from_a_file_and_override_it(image_teacher, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        "dataset: digits\nstudent: resnet8\nmax_train_samples: 64\nmax_eval_samples: 64\nuse_cpu: true\n"
+        f"max_steps: 50\ndistiller: wttm\ndistiller_kwargs: {{gamma: 0.3}}\nteacher: {image_teacher}\n"
+    )
+    start("run_image_kd.py", config, "--max_steps", "2", "--output_dir", tmp_path / "out")
+    found = results(tmp_path / "out")
+    assert {"teacher_eval_accuracy", "teacher_test_accuracy"} <= set(found)
+    assert found["epoch"] == 2  # 64 samples are one step an epoch: 2 steps, not 50
+    assert "WTTM(gamma=0.3, beta=1.5)" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_unknown_distiller_lists_the_names(image_teacher, tmp_path):
+    done = start(
+        "run_image_kd.py", *IMAGE.split(), "--teacher", image_teacher, "--distiller", "wtm", "--output_dir", tmp_path,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "unknown distiller 'wtm': choose one of KD, StudentAlone, TTM, WTTM" in done.stderr
+
+
+def test_image_teacher_is_trained_first(tmp_path):
+    start(
+        "run_image_kd.py", *IMAGE.split(), "--teacher", "resnet8", "--train_teacher", "--teacher_epochs", "1",
+        "--labels", "32", "--output_dir", tmp_path,
+    )  # fmt: skip
+    assert AutoModelForImageClassification.from_pretrained(tmp_path / "teacher").config.num_labels == 10
+    assert "teacher_test_accuracy" in results(tmp_path)
+
+
+def launchers():
+    def port():
+        import socket
+
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            return str(s.getsockname()[1])
+
+    return {
+        "torchrun": lambda: (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port()),
+        "accelerate": lambda: (
+            sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+            "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port(),
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_two_processes_run_as_two(image_teacher, tmp_path, launcher):
+    start(
+        "run_image_kd.py", *IMAGE.split(), "--teacher", image_teacher, "--output_dir", tmp_path,
+        launcher=launchers()[launcher](),
+    )  # fmt: skip
+    assert results(tmp_path)["world_size"] == 2
+
+
+@pytest.fixture(scope="module")
+def text_teacher(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bert")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"the a good bad film was is not very awful fine".split()]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    BertTokenizerFast(vocab_file=str(folder / "vocab.txt")).save_pretrained(folder)
+    config = BertConfig(
+        vocab_size=len(words), hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32
+    )
+    torch.manual_seed(0)
+    BertForSequenceClassification(config).save_pretrained(folder)
+    return folder
+
+
+TEXT = "--use_cpu --max_train_samples 64 --max_eval_samples 32 --num_train_epochs 1"
+
+
+@needs_data
+def test_glue_teacher_student_and_predictions(text_teacher, tmp_path):
+    start(
+        "run_glue_kd.py", *TEXT.split(), "--task", "rte", "--data_dir", DATA / "glue" / "rte", "--teacher", text_teacher,
+        "--train_teacher", "--student_layers", "2", "--do_predict", "--output_dir", tmp_path,
+    )  # fmt: skip
+    assert {"eval_accuracy", "test_accuracy", "teacher_test_accuracy"} <= set(results(tmp_path))
+    student = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert student.config.num_hidden_layers == 2
+    assert student.config.id2label == {0: "entailment", 1: "not_entailment"}
+    lines = next(tmp_path.glob("*.tsv")).read_text().splitlines()
+    assert len(lines) == 1 + 3000
+    assert lines[1].split("\t")[1] in ("entailment", "not_entailment")
+
+
+@needs_data
+def test_glue_regression(text_teacher, tmp_path):
+    start(
+        "run_glue_kd.py", *TEXT.split(), "--task", "stsb", "--data_dir", DATA / "glue" / "stsb", "--teacher", text_teacher,
+        "--train_teacher", "--output_dir", tmp_path,
+    )  # fmt: skip
+    assert {"test_pearson", "test_spearmanr"} <= set(results(tmp_path))
+
+
+def test_own_text_files(text_teacher, tmp_path):
+    rows = [("the film was good", "pos"), ("a very bad film", "neg")] * 20
+    (tmp_path / "train.csv").write_text("sentence,label\n" + "".join(f"{text},{label}\n" for text, label in rows))
+    start(
+        "run_glue_kd.py", *TEXT.split(), "--task", "reviews", "--train_file", tmp_path / "train.csv",
+        "--student", text_teacher, "--output_dir", tmp_path / "out",
+    )  # fmt: skip
+    assert "eval_accuracy" in results(tmp_path / "out")
+    student = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert set(student.config.id2label.values()) == {"pos", "neg"}
+
+
+def test_custom_distiller(image_teacher, tmp_path):
+    start("custom_distiller.py", *IMAGE.split(), "--teacher", image_teacher, "--output_dir", tmp_path)
+    assert "ConfidentKD(temperature=4.0)" in (tmp_path / "README.md").read_text()

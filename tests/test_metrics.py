@@ -1,0 +1,113 @@
+import evaluate
+import numpy as np
+import pytest
+import scipy.stats
+import sklearn.metrics
+from datasets import Dataset
+from transformers import EvalPrediction
+
+from hfkd.data import TaskData
+from hfkd.metrics import compute_metrics, load_metric, main_metric
+
+
+def confusion(predicted, labels):
+    pairs = list(zip(predicted.tolist(), labels.tolist(), strict=True))
+    return [pairs.count(pair) for pair in ((1, 1), (1, 0), (0, 1), (0, 0))]
+
+
+@pytest.fixture
+def binary():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 200)
+    return rng.normal(size=(200, 2)) + 1.5 * np.eye(2)[labels], labels
+
+
+@pytest.mark.parametrize(
+    ("task", "names", "main"),
+    [
+        ("cola", {"matthews_correlation"}, "matthews_correlation"),
+        ("mrpc", {"accuracy", "f1"}, "f1"),
+        ("qqp", {"accuracy", "f1"}, "f1"),
+        ("ax", {"matthews_correlation"}, "matthews_correlation"),
+        *((task, {"accuracy"}, "accuracy") for task in ("sst2", "mnli", "mnli-mm", "qnli", "rte", "wnli", "cifar10")),
+    ],
+)
+def test_classification(task, names, main, binary):
+    logits, labels = binary
+    result = compute_metrics(task)(EvalPrediction(logits, labels))
+    assert set(result) == names
+    assert main_metric(task) == main
+    assert main in names
+    predicted = logits.argmax(1)
+    tp, fp, fn, tn = confusion(predicted, labels)
+    reference = {
+        "accuracy": (tp + tn) / 200,
+        "f1": 2 * tp / (2 * tp + fp + fn),
+        "matthews_correlation": (tp * tn - fp * fn) / np.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)),
+    }
+    assert result == pytest.approx({name: reference[name] for name in names})
+    if main == "matthews_correlation":
+        assert result[main] == pytest.approx(sklearn.metrics.matthews_corrcoef(labels, predicted))
+
+
+def test_regression():
+    rng = np.random.default_rng(0)
+    labels = rng.uniform(0, 5, 100).astype(np.float32)
+    scores = (labels + rng.normal(size=100)).astype(np.float32)
+    result = compute_metrics("stsb")(EvalPrediction(scores[:, None], labels))
+    pearson, spearman = scipy.stats.pearsonr(scores, labels)[0], scipy.stats.spearmanr(scores, labels)[0]
+    expected = {"pearson": pearson, "spearmanr": spearman, "combined_score": (pearson + spearman) / 2}
+    assert result == pytest.approx(expected, abs=1e-6)
+    assert main_metric("stsb") == "pearson"
+    assert np.corrcoef(scores, labels)[0, 1] == pytest.approx(result["pearson"], abs=1e-6)
+
+
+def test_metrics_are_evaluates_and_need_no_network(monkeypatch, binary):
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("went to the network"))
+    metric = load_metric("mrpc")
+    assert isinstance(metric, evaluate.Metric)
+    logits, labels = binary
+    whole = metric.compute(predictions=logits.argmax(1), references=labels)
+    # In batches, as evaluate's users do; the object serves again and again.
+    for start in range(0, 200, 50):
+        metric.add_batch(predictions=logits[start : start + 50].argmax(1), references=labels[start : start + 50])
+    assert metric.compute() == whole
+    combined = evaluate.combine([load_metric("sst2"), load_metric("cola")])
+    assert set(combined.compute(predictions=[0, 1], references=[0, 1])) == {"accuracy", "matthews_correlation"}
+
+
+@pytest.mark.parametrize("missing", [-100, -1])
+def test_samples_without_a_label_are_left_out(missing, binary):
+    logits, labels = binary
+    expected = compute_metrics("mrpc")(EvalPrediction(logits[50:], labels[50:]))
+    labels[:50] = missing
+    assert compute_metrics("mrpc")(EvalPrediction(logits, labels)) == expected
+    assert compute_metrics("mrpc")(EvalPrediction((logits, "hidden states"), labels)) == expected
+    assert compute_metrics("mrpc")(EvalPrediction(logits, np.full(200, missing))) == {}
+
+
+def test_constant_predictions_score_zero_not_nan(recwarn):
+    labels = np.array([0, 1, 1, 0])
+    constant = np.tile([1.0, 0.0], (4, 1))
+    assert compute_metrics("cola")(EvalPrediction(constant, labels)) == {"matthews_correlation": 0.0}
+    assert compute_metrics("mrpc")(EvalPrediction(constant, labels)) == {"accuracy": 0.5, "f1": 0.0}
+    zero = {"pearson": 0.0, "spearmanr": 0.0, "combined_score": 0.0}
+    scores = np.arange(4, dtype=np.float32)
+    assert compute_metrics("stsb")(EvalPrediction(np.full((4, 1), 2.5), scores)) == zero
+    assert compute_metrics("stsb")(EvalPrediction(scores[:, None], np.full(4, 2.5))) == zero
+    assert not [warning for warning in recwarn if "constant" in str(warning.message)]
+
+
+def test_diverged_scores_are_nan():
+    scores = np.array([[np.nan], [1.0], [2.0]])
+    assert np.isnan(compute_metrics("stsb")(EvalPrediction(scores, np.array([1.0, 2.0, 3.0])))["pearson"])
+
+
+def test_own_regression_is_known_by_its_data():
+    split = Dataset.from_dict({"label": np.array([-1.0, 0.0, 1.0], dtype=np.float32)})
+    data = TaskData(train=split, validation=split, test=None, task="mine", label_names=None)
+    assert main_metric(data) == "pearson"
+    scores, labels = np.array([[-2.0], [0.1], [0.3]]), np.array([-1.0, 0.0, 1.0])
+    result = compute_metrics(data)(EvalPrediction(scores, labels))
+    # -1 is a value here.
+    assert result["pearson"] == pytest.approx(scipy.stats.pearsonr(scores[:, 0], labels)[0])

@@ -1,0 +1,109 @@
+"""What we lean on in transformers: signatures we override, and bugs we work around.
+
+A canary fails when upstream mends what it pins: then the workaround it names can go, for those versions.
+"""
+
+import inspect
+
+import pytest
+import torch
+from helpers import assert_identical, freeze_batch_norm, rows, tiny, tokenizer, weights
+from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
+
+from hfkd import DistillationTrainer
+
+
+# What transformers calls, and with which arguments in which order; None: any, we hand them on as they come.
+OVERRIDDEN = {
+    "_wrap_model": ["model", "training", "dataloader"],
+    "autocast_smart_context_manager": ["cache_enabled"],
+    "create_optimizer": ["model"],
+    "_set_signature_columns_if_needed": [],
+    "_get_collator_with_removed_columns": ["data_collator", "description"],
+    "compute_loss": ["model", "inputs", "return_outputs", "num_items_in_batch"],
+    "prediction_step": ["model", "inputs", "prediction_loss_only", "ignore_keys"],
+    "evaluation_loop": ["dataloader", "description", "prediction_loss_only", "ignore_keys", "metric_key_prefix"],
+    "log": ["logs", "start_time"],
+    "_save_optimizer_and_scheduler": ["output_dir"],
+    "_load_optimizer_and_scheduler": ["checkpoint"],
+    "_load_from_checkpoint": ["resume_from_checkpoint", "model"],
+    "_load_best_model": [],
+    "create_model_card": None,
+}
+
+
+def test_every_override_is_listed():
+    ours = {name for name, value in vars(DistillationTrainer).items() if callable(value) and hasattr(Trainer, name)}
+    assert ours - {"__init__"} == set(OVERRIDDEN)
+
+
+@pytest.mark.parametrize("name", OVERRIDDEN)
+def test_the_methods_we_override_have_the_signatures_we_know(name):
+    upstream = list(inspect.signature(getattr(Trainer, name)).parameters)[1:]
+    if OVERRIDDEN[name] is not None:
+        assert upstream == OVERRIDDEN[name]
+        ours = list(inspect.signature(getattr(DistillationTrainer, name)).parameters)[1:]
+        assert ours == upstream
+
+
+def stock(folder, model, dataset, trainer=Trainer, **arguments):
+    args = TrainingArguments(
+        str(folder), max_steps=1, learning_rate=0.01, lr_scheduler_type="constant", optim="sgd", max_grad_norm=0.0,
+        report_to="none", disable_tqdm=True, use_cpu=True, **{"save_strategy": "no", **arguments},
+    )
+    tokens = tokenizer() if "input_ids" in dataset[0] else None
+    return trainer(model=model, args=args, train_dataset=dataset, processing_class=tokens)
+
+
+class BatchMean(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        loss = torch.nn.functional.cross_entropy(outputs.logits, labels)
+        return (loss, outputs) if return_outputs else loss
+
+
+def update(folder, family, trainer, batch, accumulation):
+    model = freeze_batch_norm(tiny(family))
+    before = torch.cat([tensor.flatten() for tensor in model.state_dict().values()])
+    steps = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+    stock(folder, model, rows(family).with_columns(index=None), trainer, **steps).train()
+    return (torch.cat([tensor.flatten() for tensor in model.state_dict().values()]) - before).norm().item()
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert", "vit", "resnet"])
+def test_canary_01_a_batch_mean_is_still_scaled_wrongly_under_accumulation(tmp_path, family):
+    """Workaround: ``loss_is_scaled_for_ga`` and ``model_accepts_loss_kwargs`` of DistillationTrainer."""
+    one, accumulated = update(tmp_path, family, BatchMean, 8, 1), update(tmp_path, family, BatchMean, 2, 4)
+    assert accumulated / one == pytest.approx(4.0, rel=1e-3)
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert", "resnet"])
+def test_canary_02_the_stock_trainer_is_still_off_under_accumulation(tmp_path, family):
+    """transformers #47688. Workaround: the baseline runs through DistillationTrainer, with its own cross-entropy."""
+    one, accumulated = update(tmp_path, family, Trainer, 8, 1), update(tmp_path, family, Trainer, 2, 4)
+    assert accumulated / one == pytest.approx(4.0, rel=1e-3)
+
+
+@pytest.mark.parametrize("reload", ["resume", "best"])
+def test_canary_09_a_vit_checkpoint_still_loses_tensors(tmp_path, reload):
+    """transformers #43701, #48805. Workaround: ``load_weights``, behind both reloads."""
+    dataset = rows("vit").with_columns(index=None)
+    trainer = stock(tmp_path, tiny("vit"), dataset, save_strategy="steps", save_steps=1)
+    trainer.train()
+    other = stock(tmp_path, tiny("vit", seed=1), dataset)
+    checkpoint = str(tmp_path / "checkpoint-1")
+    if reload == "resume":
+        other._load_from_checkpoint(checkpoint)
+    else:
+        other.state.best_model_checkpoint = checkpoint
+        other._load_best_model()
+    with pytest.raises(AssertionError):
+        assert_identical(weights(other.model), weights(trainer.model))
+
+
+def test_canary_21_the_stock_collator_still_crashes_on_a_teachers_columns():
+    """Workaround: DistillationCollator."""
+    samples = [{"input_ids": [2] * n, "teacher_input_ids": [3] * (n + 1), "label": 0} for n in (2, 4)]
+    with pytest.raises(ValueError, match="teacher_input_ids"):
+        DataCollatorWithPadding(tokenizer())(samples)

@@ -1,0 +1,216 @@
+"""What the tests compare between one process and two; launched by torchrun and by accelerate.
+
+python -m torch.distributed.run --nproc_per_node=2 tests/two_processes.py FOLDER [SCENARIO ...] --use_cpu
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+import torch.distributed
+from helpers import (
+    Bank,
+    Mutual,
+    Weighted,
+    freeze_batch_norm,
+    largest_difference,
+    logged,
+    make_trainer,
+    rows,
+    tiny,
+    tiny_teacher,
+    weights,
+)
+from torch.nn.parallel import DistributedDataParallel
+
+from hfkd.distillers import KD, TTM, Combined
+
+
+def processes() -> int:
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def rank() -> int:
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def share(total: int = 8) -> dict[str, int]:
+    return {"per_device_train_batch_size": total // WORLD, "per_device_eval_batch_size": total // WORLD}
+
+
+WORLD = 1  # set by main
+
+
+def learnable(folder, *, find_unused: bool, family: str = "resnet") -> dict:
+    """A distiller with parameters; gradients are clipped, which shows whether they are averaged before."""
+    student, distiller = freeze_batch_norm(tiny(family)), Weighted()
+    trainer = make_trainer(
+        folder,
+        student,
+        tiny_teacher(family),
+        distiller,
+        rows(family),
+        max_steps=4,
+        max_grad_norm=1.0,
+        ddp_find_unused_parameters=find_unused,
+        **share(),
+    )
+    trainer.train()
+    wrapped = trainer.model_wrapped
+    return {
+        "weights": weights(student, distiller),
+        "processes": trainer.accelerator.num_processes,
+        "type": trainer.accelerator.distributed_type.value,
+        "is_ddp": isinstance(wrapped, DistributedDataParallel),
+        "find_unused": getattr(wrapped, "find_unused_parameters", None),
+        "logs": {name: logged(trainer, name) for name in ("loss", "task", "kd")},
+    }
+
+
+def student_alone(folder) -> dict:
+    student = tiny("bert")
+    trainer = make_trainer(folder, student, dataset=rows("bert"), gradient_accumulation_steps=2, **share(4))
+    trainer.train()
+    return {"weights": weights(student), "loss": logged(trainer, "loss")}
+
+
+class RankProbe(Bank):
+    """Has a buffer that is its process's own, to see whether DDP writes over it."""
+
+    def setup(self, context):
+        super().setup(context)
+        self.register_buffer("own", torch.tensor([float(rank())]))
+
+
+def bank(folder) -> dict:
+    teacher, distiller = tiny_teacher("bert"), RankProbe()
+    trainer = make_trainer(folder, tiny("bert"), teacher, distiller, rows("bert"), max_steps=4, **share())
+    trainer.train()
+    return {"bank": weights(distiller)}
+
+
+def mutual(folder) -> dict:
+    student, peer = tiny("bert"), tiny("bert", seed=7)
+    trainer = make_trainer(folder, student, peer, Mutual(), rows("bert"), **share())
+    trainer.train()
+    return {"weights": weights(student, peer), "teacher_kd": logged(trainer, "teacher_kd")}
+
+
+def evaluation(folder) -> dict:
+    """An evaluation set that does not divide by the batch, with some samples unlabelled."""
+    dataset = rows("bert", 13, seed=5)
+    dataset.columns["labels"][3] = -100
+    trainer = make_trainer(
+        folder,
+        tiny("bert"),
+        tiny_teacher("bert"),
+        None,
+        rows("bert"),
+        max_steps=1,
+        trainer={"eval_dataset": dataset},
+        **share(4),
+    )
+    trainer.train()
+    return {
+        "teacher_accuracy": logged(trainer, "teacher_accuracy"),
+        "eval_loss": trainer.evaluate()["eval_loss"],
+        "predictions": torch.from_numpy(trainer.predict(dataset).predictions),
+    }
+
+
+def second_train(folder) -> dict:
+    student, distiller = tiny("vit"), Weighted()
+    trainer = make_trainer(folder, student, tiny_teacher("vit"), distiller, rows("vit"), max_steps=2, **share())
+    trainer.train()
+    trainer.train()
+    return {"weights": weights(student, distiller)}
+
+
+def resume(folder) -> dict:
+    """AdamW, dropout, accumulation; interrupted after step 3 of 4 a process and epoch."""
+
+    def trainer(name):
+        return make_trainer(
+            Path(folder, name),
+            tiny("vit", dropout=0.1),
+            tiny_teacher("vit"),
+            Combined({"a": Weighted(), "b": Bank()}, task_from="a"),
+            rows("vit", 16),
+            max_steps=6,
+            optim="adamw_torch",
+            learning_rate=1e-3,
+            save_strategy="steps",
+            save_steps=3,
+            gradient_accumulation_steps=2,
+            per_device_train_batch_size=2 // WORLD,
+        )
+
+    whole = trainer("shared")
+    whole.train()
+    resumed = trainer("shared")
+    resumed.train(resume_from_checkpoint=str(Path(folder, "shared", "checkpoint-3")))
+    one, other = (weights(t.model, t.distiller) for t in (whole, resumed))
+    return {"difference": largest_difference(one, other), "weights": one}
+
+
+def fully_sharded(folder) -> dict:
+    """An engine that is asked for and not active; the last scenario, because it leaves its wish in the environment."""
+    try:
+        make_trainer(folder, tiny("bert"), tiny_teacher("bert"), KD(), rows("bert"), fsdp="full_shard")
+    except RuntimeError as error:
+        return {"message": str(error)}
+    return {"message": ""}
+
+
+def term_logs(folder) -> dict:
+    """One step of fixed models, no update: what is logged can be computed by hand."""
+    distiller = Combined({"kd": KD(alpha=0.5), "ttm": TTM()}, {"ttm": 0.5}, task_from="kd")
+    trainer = make_trainer(
+        folder,
+        tiny("bert"),
+        tiny_teacher("bert"),
+        distiller,
+        rows("bert"),
+        max_steps=4,
+        logging_steps=2,
+        learning_rate=0.0,
+        **share(),
+    )
+    trainer.train()
+    return {name: logged(trainer, name) for name in ("loss", "task", "kd", "ttm/ttm")}
+
+
+SCENARIOS = {
+    "learnable_find_unused": lambda folder: learnable(folder, find_unused=True),
+    "learnable_all_used": lambda folder: learnable(folder, find_unused=False),
+    "student_alone": student_alone,
+    "bank": bank,
+    "mutual": mutual,
+    "evaluation": evaluation,
+    "second_train": second_train,
+    "resume": resume,
+    "term_logs": term_logs,
+    "fully_sharded": fully_sharded,
+}
+
+
+def main():
+    global WORLD
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("scenarios", nargs="*", default=[])
+    parser.add_argument("--use_cpu", action="store_true")
+    options = parser.parse_args()
+    # The first trainer joins the processes, or refuses to.
+    make_trainer(options.folder / "first", tiny("bert"), dataset=rows("bert"), use_cpu=options.use_cpu)
+    WORLD = processes()
+    for name in options.scenarios or SCENARIOS:
+        result = SCENARIOS[name](options.folder / name)
+        torch.save(result, options.folder / f"{name}-{rank()}.pt")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
