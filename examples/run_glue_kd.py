@@ -78,6 +78,9 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
     """Train, evaluate on validation and test, save; return what all_results.json holds."""
     if model_args.teacher is None and model_args.student is None:
         raise ValueError("name a --student, or a --teacher to cut the student out of")
+    distiller = None
+    if model_args.distiller is not None:
+        distiller = make_distiller(model_args.distiller, **json.loads(model_args.distiller_kwargs))
     raw = load_text_data(
         data_args.task,
         data_dir=data_args.data_dir,
@@ -141,11 +144,8 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
         student = student_from_teacher(teacher, num_layers=model_args.student_layers)
 
     data = tokenize(raw, tokenizer, teacher_tokenizer=teacher_tokenizer, max_length=data_args.max_length)
-    distiller = None
-    if model_args.distiller is not None:
-        distiller = make_distiller(model_args.distiller, **json.loads(model_args.distiller_kwargs))
-        if not distiller.needs_teacher:
-            teacher = None  # the student was cut out of it and learns alone from there
+    if distiller is not None and not distiller.needs_teacher:
+        teacher = None  # the student was cut out of it and learns alone from there
     trainer = trainer_for(
         student,
         data,

@@ -85,6 +85,8 @@ def run(
     distiller: Distiller | None = None,
 ) -> dict[str, float]:
     """Train, evaluate on validation and test, save; return what all_results.json holds."""
+    if model_args.distiller is not None:
+        distiller = make_distiller(model_args.distiller, **json.loads(model_args.distiller_kwargs))
     data = load_image_data(
         data_args.dataset,
         data_dir=data_args.data_dir,
@@ -156,8 +158,6 @@ def run(
         pretrained=model_args.student_pretrained,
         trust_remote_code=model_args.trust_remote_code,
     )
-    if model_args.distiller is not None:
-        distiller = make_distiller(model_args.distiller, **json.loads(model_args.distiller_kwargs))
     trainer, test = trainer_for(student, model_args.student, args, teacher, model_args.teacher, distiller)
 
     results = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics

@@ -192,16 +192,17 @@ class DistillationTrainer(Trainer):
                 f"{type(distiller).__name__} is not defined for {self.problem_type} problems "
                 f"(only {', '.join(distiller.problem_types)}): use KD(), which is"
             )
-        if distiller.needs_hard_labels and getattr(train_dataset, "soft_labels", False):
-            raise ValueError(f"{type(distiller).__name__} needs class indices as labels: turn Mixup and CutMix off")
         labels = dataset_labels(train_dataset)
+        soft_labels = getattr(train_dataset, "soft_labels", False) or (labels is not None and labels.ndim > 1)
+        if distiller.needs_hard_labels and soft_labels:
+            raise ValueError(f"{type(distiller).__name__} needs class indices as labels: turn Mixup and CutMix off")
         for which, dataset in [("train", train_dataset), *self._eval_datasets().items()]:
             check_labels(dataset, which, model.config, self.problem_type)
         check_columns(train_dataset, distiller)
 
         self.label_scale = 1.0
         if labels is not None and (labelled := int((labels != IGNORE_INDEX).sum())):
-            self.label_scale = len(labels) / labelled
+            self.label_scale = labels.size / labelled
         elif labels is not None and isinstance(distiller, StudentAlone):
             raise ValueError("no training sample has a label (all are -100): the student alone has nothing to learn")
         hard_label_loss = HardLabelLoss(self.problem_type, self.args.label_smoothing_factor, self.label_scale)

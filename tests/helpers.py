@@ -126,12 +126,18 @@ class Rows(Dataset):
         row = {name: column[i] for name, column in self.columns.items()}
         if "attention_mask" in row:
             length = row["attention_mask"].sum()
-            row = {name: value[:length] if value.ndim else value for name, value in row.items()}
+            row |= {name: row[name][:length] for name in ("input_ids", "attention_mask", "token_type_ids")}
         return row
 
     def with_columns(self, **columns):
         kept = {name: column for name, column in {**self.columns, **columns}.items() if column is not None}
         return Rows(kept)
+
+    def double(self):
+        """Floats in double precision, where a ReLU's kink cannot turn rounding into a difference."""
+        return Rows(
+            {name: column.double() if column.is_floating_point() else column for name, column in self.columns.items()}
+        )
 
     @property
     def labels(self):
@@ -217,7 +223,8 @@ class Weighted(Wrapper):
     def setup(self, context):
         super().setup(context)
         classes = context.student.config.num_labels
-        self.mixing = nn.Parameter(torch.eye(classes) + 0.1 * torch.randn(classes, classes))
+        mixing = torch.eye(classes) + 0.1 * torch.randn(classes, classes)
+        self.mixing = nn.Parameter(mixing.to(next(context.student.parameters()).dtype))
 
     def forward(self, student, teacher, batch):
         moved = type(teacher)(teacher.logits @ self.mixing, features=teacher.features)

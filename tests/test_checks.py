@@ -2,10 +2,12 @@
 
 import copy
 import os
+import types
 
 import datasets
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from helpers import (
     NUM_LABELS,
     Bank,
@@ -24,6 +26,7 @@ from torch import nn
 from torch.utils.data import IterableDataset
 
 from hfkd import DistillationTrainer, DistillationTrainingArguments
+from hfkd.checks import check_processes
 from hfkd.distillers import KD, TTM, StudentAlone, Wrapper
 from hfkd.teacher import align_labels, head_looks_new
 
@@ -55,7 +58,9 @@ class Stream(IterableDataset):
 
 def test_a_teacher_of_other_classes_is_refused(tmp_path):
     teacher = named(tiny_teacher("bert"), ["cat", "dog", "owl", "fox", "wasp"])
-    with pytest.raises(ValueError, match=r"only there \['wasp'\], only in the student \['bee'\].*set id2label on both"):
+    with pytest.raises(
+        ValueError, match=r"only there \['wasp'\], only in the student \['bee'\].*set id2label on both"
+    ):
         make_trainer(tmp_path, named(tiny("bert"), NAMES), teacher, KD(), rows("bert"))
 
 
@@ -172,9 +177,7 @@ def test_labels_outside_the_range_are_refused(tmp_path, kind, label, which, mess
     if kind == "datasets":
         sets = {name: as_datasets(dataset) for name, dataset in sets.items()}
     with pytest.raises(ValueError, match=message):
-        make_trainer(
-            tmp_path, tiny("bert"), None, None, sets["train"], trainer={"eval_dataset": sets["evaluation"]}
-        )
+        make_trainer(tmp_path, tiny("bert"), None, None, sets["train"], trainer={"eval_dataset": sets["evaluation"]})
 
 
 def test_a_wrong_label_in_one_of_several_evaluation_sets_names_the_set(tmp_path):
@@ -182,7 +185,11 @@ def test_a_wrong_label_in_one_of_several_evaluation_sets_names_the_set(tmp_path)
     wrong.columns["labels"][0] = 9
     with pytest.raises(ValueError, match="labels of the mismatched set"):
         make_trainer(
-            tmp_path, tiny("bert"), None, None, rows("bert"),
+            tmp_path,
+            tiny("bert"),
+            None,
+            None,
+            rows("bert"),
             trainer={"eval_dataset": {"matched": rows("bert"), "mismatched": wrong}},
         )
 
@@ -246,10 +253,15 @@ def test_multi_label_students_are_refused(tmp_path):
 
 
 def test_soft_labels_are_refused_by_a_method_of_hard_ones(tmp_path):
-    distiller, dataset = KD(), rows("bert")
-    distiller.needs_hard_labels = dataset.soft_labels = True
-    with pytest.raises(ValueError, match="KD needs class indices as labels: turn Mixup and CutMix off"):
-        make_trainer(tmp_path, tiny("bert"), tiny_teacher("bert"), Wrapper(distiller).base, dataset)
+    class Hard(KD):
+        needs_hard_labels = True
+
+    mixing, soft = rows("bert"), rows("bert").with_columns(labels=torch.full((16, NUM_LABELS), 0.2))
+    mixing.soft_labels = True
+    for dataset in (mixing, soft):
+        for distiller, name in ((Hard(), "Hard"), (Wrapper(Hard()), "Wrapper")):
+            with pytest.raises(ValueError, match=f"{name} needs class indices as labels: turn Mixup and CutMix off"):
+                make_trainer(tmp_path, tiny("bert"), tiny_teacher("bert"), distiller, dataset)
 
 
 # Columns
@@ -280,6 +292,17 @@ def test_a_stream_is_refused_where_rows_are_looked_up_and_works_elsewhere(tmp_pa
     trainer.train()
     assert len(logged(trainer, "teacher_accuracy")) == 1
     assert len(logged(trainer, "kd")) == 2
+
+
+# Processes
+
+
+@pytest.mark.parametrize("engine", [DistributedType.FSDP, DistributedType.DEEPSPEED])
+def test_engines_that_shard_are_refused_until_they_are_supported(tmp_path, engine):
+    trainer = make_trainer(tmp_path, tiny("bert"), None, None, rows("bert"))
+    active = types.SimpleNamespace(num_processes=2, distributed_type=engine)
+    with pytest.raises(RuntimeError, match=rf"{engine.value} is not supported yet: .*accelerate launch --multi_gpu"):
+        check_processes(trainer.args, active)
 
 
 # Arguments

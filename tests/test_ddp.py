@@ -49,6 +49,12 @@ def test_student_alone_with_accumulation_equals_one_process(two_processes, one_p
     assert largest_difference(ranks[0]["weights"], one_process("student_alone")["weights"]) <= 1e-6
 
 
+def test_the_data_set_hears_of_each_epoch(two_processes):
+    """Accelerate's loaders tell a sampler, and then leave the data set out: its augmentation would never change."""
+    for result in two_processes["student_alone"]:
+        assert sorted(set(result["epochs"])) == [0, 1]
+
+
 def test_a_trained_teacher_equals_one_process(two_processes, one_process):
     ranks = two_processes["mutual"]
     assert_identical(ranks[0]["weights"], ranks[1]["weights"])

@@ -19,8 +19,14 @@ INNER = {
     "timm": ("timm_model.blocks.1", (4, 24, 4, 4)),
     "cifar": ("layer2", (4, 32, 8, 8)),
 }
-HEAD = {"bert": "classifier", "distilbert": "classifier", "vit": "classifier", "resnet": "classifier.1",
-        "timm": "timm_model.classifier", "cifar": "linear"}
+HEAD = {
+    "bert": "classifier",
+    "distilbert": "classifier",
+    "vit": "classifier",
+    "resnet": "classifier.1",
+    "timm": "timm_model.classifier",
+    "cifar": "linear",
+}
 
 
 def batch_of(family, n=4):
@@ -74,7 +80,9 @@ def test_the_first_tensor_of_a_tuple_or_mapping_is_kept():
 
 
 def test_a_wrong_path_names_what_is_near():
-    with pytest.raises(ValueError, match=r"no module 'bert.encoder.layers.0'; near it are bert.encoder.layer.0.*named_m"):
+    with pytest.raises(
+        ValueError, match=r"no module 'bert.encoder.layers.0'; near it are bert.encoder.layer.0.*named_m"
+    ):
         find_module(tiny("bert"), "bert.encoder.layers.0")
     with pytest.raises(ValueError, match="near it are none"):
         find_module(nn.Linear(1, 1), "§§§")
@@ -85,9 +93,12 @@ def test_inputs_are_chosen_by_name_and_prefix():
     assert {"input_ids", "attention_mask"} <= set(input_names(student))
     assert "token_type_ids" not in input_names(student)
     assert not {"labels", "return_dict", "kwargs", "self"} & set(input_names(teacher))
-    batch = {name: torch.tensor([i]) for i, name in enumerate(
-        ("input_ids", "attention_mask", "token_type_ids", "teacher_input_ids", "labels", "index")
-    )}
+    batch = {
+        name: torch.tensor([i])
+        for i, name in enumerate(
+            ("input_ids", "attention_mask", "token_type_ids", "teacher_input_ids", "labels", "index")
+        )
+    }
     assert select_inputs(student, batch) == {"input_ids": 0, "attention_mask": 1}
     chosen = select_inputs(teacher, batch, prefix="teacher_")
     assert chosen == {"input_ids": 3, "attention_mask": 1, "token_type_ids": 2}
@@ -99,11 +110,13 @@ def test_half_precision_is_widened_and_gradients_are_cut():
     outputs = ModelOutputs(logits, logits.float(), {"a": feature, "b": torch.ones(2, dtype=torch.float64)})
     wide = in_float32(outputs)
     assert (wide.logits.dtype, wide.features["a"].dtype, wide.features["b"].dtype) == (
-        torch.float32, torch.float32, torch.float64
+        torch.float32,
+        torch.float32,
+        torch.float64,
     )
     assert wide.features["a"].requires_grad
     cut = detached(outputs)
-    assert not (cut.logits.requires_grad or cut.task_logits.requires_grad or cut.features["a"].requires_grad)
+    assert not any(tensor.requires_grad for tensor in (cut.logits, cut.task_logits, cut.features["a"]))
     assert detached(ModelOutputs(logits)).task_logits is None
 
 

@@ -40,7 +40,11 @@ def test_own_method_is_the_example():
 
 
 def test_commands_name_what_exists():
-    commands = [shlex.split(line, comments=True) for block in snippets("bash") for line in block.replace("\\\n", "").splitlines()]
+    commands = [
+        shlex.split(line, comments=True)
+        for block in snippets("bash")
+        for line in block.replace("\\\n", "").splitlines()
+    ]
     makefile = (ROOT / "Makefile").read_text()
     for words in filter(None, commands):
         if words[0] == "make":

@@ -26,9 +26,21 @@ from hfkd.trainer import DISTILLER_NAME, load_weights
 def learning(tmp_path, family, distiller, teacher, *, accumulation=1, **arguments):
     """AdamW with a schedule, shuffling, dropout; 4 steps an epoch, a checkpoint after step 6 of 8."""
     return make_trainer(
-        tmp_path, tiny(family, dropout=0.2), teacher, distiller, rows(family, 16), max_steps=8, optim="adamw_torch",
-        learning_rate=1e-3, weight_decay=0.01, lr_scheduler_type="linear", max_grad_norm=1.0, save_strategy="steps",
-        save_steps=6, per_device_train_batch_size=4 // accumulation, gradient_accumulation_steps=accumulation,
+        tmp_path,
+        tiny(family, dropout=0.2),
+        teacher,
+        distiller,
+        rows(family, 16),
+        max_steps=8,
+        optim="adamw_torch",
+        learning_rate=1e-3,
+        weight_decay=0.01,
+        lr_scheduler_type="linear",
+        max_grad_norm=1.0,
+        save_strategy="steps",
+        save_steps=6,
+        per_device_train_batch_size=4 // accumulation,
+        gradient_accumulation_steps=accumulation,
         **arguments,
     )
 
@@ -114,7 +126,9 @@ def test_loading_weights_is_strict(tmp_path):
     shutil.copytree(tmp_path / "whole", tmp_path / "torn")
     state.pop("classifier.weight")
     safetensors.torch.save_file(state, tmp_path / "torn" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"lacks 1 tensors of ViTForImageClassification, such as \['classifier.weight'\]"):
+    with pytest.raises(
+        ValueError, match=r"lacks 1 tensors of ViTForImageClassification, such as \['classifier.weight'\]"
+    ):
         load_weights(tiny("vit", seed=1), str(tmp_path / "torn"))
     other = tiny("vit", seed=1)
     load_weights(other, str(tmp_path / "whole"))

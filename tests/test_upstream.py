@@ -48,8 +48,16 @@ def test_the_methods_we_override_have_the_signatures_we_know(name):
 
 def stock(folder, model, dataset, trainer=Trainer, **arguments):
     args = TrainingArguments(
-        str(folder), max_steps=1, learning_rate=0.01, lr_scheduler_type="constant", optim="sgd", max_grad_norm=0.0,
-        report_to="none", disable_tqdm=True, use_cpu=True, **{"save_strategy": "no", **arguments},
+        str(folder),
+        max_steps=1,
+        learning_rate=0.01,
+        lr_scheduler_type="constant",
+        optim="sgd",
+        max_grad_norm=0.0,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        **{"save_strategy": "no", **arguments},
     )
     tokens = tokenizer() if "input_ids" in dataset[0] else None
     return trainer(model=model, args=args, train_dataset=dataset, processing_class=tokens)

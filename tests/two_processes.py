@@ -13,6 +13,7 @@ import torch.distributed
 from helpers import (
     Bank,
     Mutual,
+    Rows,
     Weighted,
     freeze_batch_norm,
     largest_difference,
@@ -43,17 +44,17 @@ def share(total: int = 8) -> dict[str, int]:
 WORLD = 1  # set by main
 
 
-def learnable(folder, *, find_unused: bool, family: str = "resnet") -> dict:
-    """A distiller with parameters; gradients are clipped, which shows whether they are averaged before."""
-    student, distiller = freeze_batch_norm(tiny(family)), Weighted()
+def learnable(folder, *, find_unused: bool, max_grad_norm: float, family: str = "resnet") -> dict:
+    """A distiller with parameters; clipping shows whether gradients are averaged before, none whether they are at all."""
+    student, distiller = freeze_batch_norm(tiny(family)).double(), Weighted()
     trainer = make_trainer(
         folder,
         student,
-        tiny_teacher(family),
+        tiny_teacher(family).double(),
         distiller,
-        rows(family),
+        rows(family).double(),
         max_steps=4,
-        max_grad_norm=1.0,
+        max_grad_norm=max_grad_norm,
         ddp_find_unused_parameters=find_unused,
         **share(),
     )
@@ -69,11 +70,18 @@ def learnable(folder, *, find_unused: bool, family: str = "resnet") -> dict:
     }
 
 
+class Epochs(Rows):
+    """Notes what epochs it is told of."""
+
+    def set_epoch(self, epoch):
+        self.epochs = [*getattr(self, "epochs", []), epoch]
+
+
 def student_alone(folder) -> dict:
-    student = tiny("bert")
-    trainer = make_trainer(folder, student, dataset=rows("bert"), gradient_accumulation_steps=2, **share(4))
+    student, dataset = tiny("bert"), Epochs(rows("bert").columns)
+    trainer = make_trainer(folder, student, dataset=dataset, gradient_accumulation_steps=2, **share(4))
     trainer.train()
-    return {"weights": weights(student), "loss": logged(trainer, "loss")}
+    return {"weights": weights(student), "loss": logged(trainer, "loss"), "epochs": dataset.epochs}
 
 
 class RankProbe(Bank):
@@ -183,8 +191,8 @@ def term_logs(folder) -> dict:
 
 
 SCENARIOS = {
-    "learnable_find_unused": lambda folder: learnable(folder, find_unused=True),
-    "learnable_all_used": lambda folder: learnable(folder, find_unused=False),
+    "learnable_find_unused": lambda folder: learnable(folder, find_unused=True, max_grad_norm=0.0),
+    "learnable_all_used": lambda folder: learnable(folder, find_unused=False, max_grad_norm=1.0),
     "student_alone": student_alone,
     "bank": bank,
     "mutual": mutual,

@@ -137,6 +137,11 @@ class ImageDataset(Dataset):
         """What a batch holds."""
         return [*self.views, "labels", "index"]
 
+    @property
+    def soft_labels(self) -> bool:
+        """Whether labels are class probabilities: after Mixup and CutMix."""
+        return self.mixup is not None
+
     def without_augmentation(self) -> "ImageDataset":
         """The same samples as in evaluation, sharing the decoded images; its epochs are its own."""
         plain = copy.copy(self)

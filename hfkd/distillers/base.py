@@ -170,6 +170,8 @@ class Wrapper(Distiller):
         base: The method to change.
     """
 
+    needs_teacher = False  # of its own: with a base that needs one, so does the whole
+
     def __init__(self, base: Distiller):
         super().__init__()
         if not isinstance(base, Distiller):

@@ -1,0 +1,160 @@
+"""What every method promises, on one table: a new method adds a line."""
+
+import inspect
+import pickle
+
+import pytest
+import torch
+from helpers import MovingAverage, Mutual, Weighted, assert_identical, make_trainer, rows, tiny, tiny_teacher, weights
+
+import hfkd.distillers
+from hfkd.distillers import KD, TTM, WTTM, Combined, Distiller, ModelOutputs, StudentAlone, Wrapper
+
+
+def combined(**options):
+    return Combined({"kd": KD(), "weighted": Weighted(TTM())}, {"weighted": 0.5}, task_from="kd", **options)
+
+
+# Class (or maker) and arguments; those of the tests exercise what the library's own methods do not.
+METHODS = [
+    (StudentAlone, {}),
+    (KD, {}),
+    (KD, {"alpha": 0.5, "temperature": 1.0}),
+    (TTM, {}),
+    (WTTM, {"gamma": 0.1, "beta": 4.0}),
+    (Wrapper, {"base": WTTM()}),
+    (combined, {}),
+    (Weighted, {}),
+    (Mutual, {}),
+    (MovingAverage, {}),
+]
+NAMES = [f"{method.__name__}-{i}" for i, (method, _) in enumerate(METHODS)]
+every_method = pytest.mark.parametrize(("method", "arguments"), METHODS, ids=NAMES)
+
+# What is out of range, and what the message says to do.
+REFUSED = [
+    (KD, {"alpha": 2.0}, "0 is the labels alone, 1 the teacher alone"),
+    (KD, {"temperature": 0.0}, "use 1.0 for no softening"),
+    (TTM, {"gamma": 0.0}, "it is 1/temperature"),
+    (TTM, {"beta": -1.0}, "0 is the labels alone"),
+    (WTTM, {"gamma": 1.5}, "it is 1/temperature"),
+    (WTTM, {"beta": -1.0}, "0 is the labels alone"),
+]
+
+
+@pytest.fixture
+def ready(tmp_path):
+    """A method as a trainer has set it up, and the trainer."""
+
+    def make(method, arguments, **more):
+        distiller = pickle.loads(pickle.dumps(method(**arguments)))  # the table's own stay as they are
+        needs = distiller.needs_teacher and not isinstance(distiller, MovingAverage)
+        trainer = make_trainer(
+            tmp_path, tiny("bert"), tiny_teacher("bert") if needs else None, distiller, rows("bert"), **more
+        )
+        return distiller, trainer
+
+    return make
+
+
+def random_arguments(distiller, seed=0, size=4):
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher = torch.randn(2, size, 5, generator=generator)
+    student.requires_grad_()
+    outputs = ModelOutputs(student)
+    outputs.task_logits = distiller.task_logits(outputs)
+    batch = {"labels": torch.randint(0, 5, (size,), generator=generator), "index": torch.arange(size)}
+    return student, (outputs, ModelOutputs(teacher) if distiller.needs_teacher else None, batch)
+
+
+@every_method
+def test_terms_are_finite_and_reach_the_student_and_every_parameter(ready, method, arguments):
+    distiller, _ = ready(method, arguments)
+    student, call = random_arguments(distiller)
+    terms = distiller(*call)
+    assert terms
+    assert all(term.shape in ((), (4,)) and term.isfinite().all() for term in terms.values())
+    assert "task" in terms
+    sum(term.mean() for term in terms.values()).backward()
+    assert student.grad.abs().max() > 0
+    for name, parameter in distiller.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().max() > 0, name
+
+
+@every_method
+def test_terms_per_sample_do_not_depend_on_the_rest_of_the_batch(ready, method, arguments):
+    distiller, _ = ready(method, arguments)
+    if distiller.batch_coupled:
+        pytest.skip("mixes the samples of a batch")
+    _, (student, teacher, batch) = random_arguments(distiller)
+    whole = distiller(student, teacher, batch)
+    some = torch.tensor([2, 0])
+    part = distiller(
+        ModelOutputs(student.logits[some], student.task_logits[some]),
+        teacher and ModelOutputs(teacher.logits[some]),
+        {name: column[some] for name, column in batch.items()},
+    )
+    for name, term in whole.items():
+        torch.testing.assert_close(part[name], term[some])
+
+
+@every_method
+def test_training_moves_what_should_move_and_nothing_else(ready, method, arguments):
+    distiller, trainer = ready(method, arguments)
+    learned = {name: tensor.detach().clone() for name, tensor in distiller.named_parameters()}
+    student = weights(trainer.model)
+    teacher = None if trainer.teacher_model is None else weights(trainer.teacher_model)
+    trainer.train()
+    assert not torch.equal(weights(trainer.model)["0.classifier.weight"], student["0.classifier.weight"])
+    for name, parameter in distiller.named_parameters():
+        assert not torch.equal(parameter, learned[name]), name
+    if teacher is not None and not trainer._saves_teacher:
+        assert_identical(weights(trainer.teacher_model), teacher)
+
+
+@every_method
+def test_state_makes_a_round_trip(ready, method, arguments):
+    distiller, trainer = ready(method, arguments)
+    trainer.train()
+    other, _ = ready(method, arguments)
+    other.load_state_dict(distiller.state_dict())
+    copied = pickle.loads(pickle.dumps(distiller))
+    _, call = random_arguments(distiller)
+    terms = distiller(*call)
+    for twin in (other, copied):
+        assert twin.state_dict().keys() == distiller.state_dict().keys()
+        for name, term in twin(*call).items():
+            torch.testing.assert_close(term, terms[name], rtol=0, atol=0)
+
+
+@every_method
+def test_in_a_combination_it_counts_as_alone(ready, method, arguments):
+    distiller, _ = ready(method, arguments)
+    partner = TTM()
+    both = Combined({"method": distiller, "ttm": partner}, {"method": 2.0, "ttm": 0.5}, task_from="method")
+    _, call = random_arguments(distiller)
+    if call[1] is None:
+        call = call[0], ModelOutputs(torch.randn(4, 5)), call[2]
+    alone, ttm = distiller(*call), partner(*call)["ttm"]
+    terms = both(*call)
+    assert terms.keys() == {*alone, "ttm/ttm"}
+    total = 2.0 * sum(term.mean() for term in alone.values()) + 0.5 * ttm.mean()
+    torch.testing.assert_close(sum(term.mean() for term in terms.values()), total)
+
+
+@pytest.mark.parametrize(("method", "arguments", "message"), REFUSED)
+def test_values_out_of_range_are_refused_with_the_remedy(method, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        method(**arguments)
+
+
+def test_every_public_method_is_on_the_tables():
+    public = [getattr(hfkd.distillers, name) for name in hfkd.distillers.__all__]
+    methods = {cls for cls in public if inspect.isclass(cls) and issubclass(cls, Distiller)} - {Distiller, Combined}
+    with_options = {
+        cls for cls in methods if any(p.default is not p.empty for p in inspect.signature(cls).parameters.values())
+    }
+    assert {KD, TTM, WTTM} <= with_options
+    assert methods <= {method for method, _ in METHODS}
+    assert with_options <= {method for method, _, _ in REFUSED}
