@@ -72,3 +72,17 @@ class DistillationContext:
     def loader(self, dataset: Dataset) -> DataLoader:
         """Batches of a dataset in order, un-augmented, collated as in training, shared out over the processes."""
         return self._trainer.get_test_dataloader(getattr(dataset, "without_augmentation", lambda: dataset)())
+
+    def sample(self, size: int = 2) -> dict[str, Tensor]:
+        """The first training samples, un-augmented and collated as in training: enough to learn shapes in ``setup``.
+
+        Raises:
+            ValueError: If there is no training set.
+        """
+        dataset = self.train_dataset
+        if dataset is None:
+            raise ValueError("the distiller measures features on training samples: pass train_dataset=")
+        plain = getattr(dataset, "without_augmentation", lambda: dataset)()
+        collate = self._trainer._get_collator_with_removed_columns(self._trainer.data_collator)
+        # Not by `loader`: Accelerate keeps hold of a loader that is left half-way.
+        return self._trainer._prepare_inputs(next(iter(DataLoader(plain, batch_size=size, collate_fn=collate))))

@@ -5,12 +5,15 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import itertools
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from transformers import TimmWrapperForImageClassification
 
 from hfkd.distillers.base import ModelOutputs
 
@@ -64,6 +67,76 @@ def find_module(model: nn.Module, path: str) -> nn.Module:
             "All paths: [name for name, _ in model.named_modules()]"
         )
     return modules[path]
+
+
+def head_path(model: nn.Module) -> str:
+    """The path of the linear layer that gives the logits; with ``":input"`` behind it, the penultimate features.
+
+    Raises:
+        ValueError: If no linear layer has as many outputs as there are classes.
+    """
+    model = base_model(model)
+    sizes = {name: module.out_features for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    heads = [name for name, size in sizes.items() if size == model.config.num_labels]
+    if not heads:
+        raise ValueError(
+            f"{type(model).__name__} ends in no linear layer with {model.config.num_labels} outputs: "
+            'name the layer yourself, as in student_layers=("head:input",)'
+        )
+    return heads[-1]
+
+
+def _is_stem(path: str, module: nn.Module) -> bool:
+    """Whether a module is the start of a network, or a normalisation or activation at its end."""
+    return path.endswith("stem") or not any(isinstance(part, (nn.Conv2d, nn.Linear)) for part in module.modules())
+
+
+def _shrinks(module: nn.Module) -> bool:
+    kinds = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
+    return any(isinstance(part, kinds) and part.stride not in (1, (1, 1)) for part in module.modules())
+
+
+def stage_paths(model: nn.Module) -> tuple[str, ...]:
+    """The ends of a model's stages, first to last: a proposal for methods that compare inner features.
+
+    They are the layers of a transformer encoder; in a convolutional network the last module at each resolution, so
+    that VGG-13, MobileNetV2 and ResNet-50 on CIFAR all have four. For timm models it is timm's own choice
+    (``feature_info``), without the stem.
+
+    Args:
+        model: One of our CIFAR networks, a timm classifier, or a transformers model whose layers or stages are in one
+            ``ModuleList``.
+
+    Returns:
+        Module paths, whose outputs are the features.
+
+    Raises:
+        ValueError: If the model shows no stages.
+
+    >>> from hfkd.models import load_model
+    >>> stage_paths(load_model("vgg13", num_labels=10))
+    ('layer1', 'layer2', 'layer3', 'layer5')
+    """
+    model = base_model(model)
+    if isinstance(model, TimmWrapperForImageClassification) and getattr(model.timm_model, "feature_info", None):
+        paths = [f"timm_model.{info['module']}" for info in model.timm_model.feature_info]
+        after_stem = itertools.dropwhile(lambda path: _is_stem(path, model.get_submodule(path)), paths)
+        return tuple(after_stem) or tuple(paths)
+    paths = [name for name, _ in model.named_children() if re.fullmatch(r"layer\d+", name)]
+    if not paths:
+        lists = {name: len(module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+        outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
+        if not outer:
+            raise ValueError(
+                f"{type(model).__name__} shows no stages: name layers yourself, with student_layers= and "
+                "teacher_layers=. All paths: [name for name, _ in model.named_modules()]"
+            )
+        longest = max(outer, key=lists.get)
+        paths = [f"{longest}.{i}" for i in range(lists[longest])]
+    starts = [_shrinks(model.get_submodule(path)) for path in paths]
+    if not any(starts[1:]):
+        return tuple(paths)
+    return tuple(path for path, next_starts in zip(paths, [*starts[1:], True], strict=True) if next_starts)
 
 
 def _first_tensor(output) -> Tensor:
@@ -135,6 +208,31 @@ def in_float32(outputs: ModelOutputs) -> ModelOutputs:
     """The same outputs, half precision widened to float32."""
     features = {name: _full_precision(feature) for name, feature in outputs.features.items()}
     return replace(outputs, logits=_full_precision(outputs.logits), features=features)
+
+
+@torch.no_grad()
+def probe(model: nn.Module, batch: Mapping[str, Tensor], layers: Sequence[str], prefix: str = "") -> dict[str, Tensor]:
+    """Features of a batch as a run would capture them, to learn their shapes.
+
+    The model runs in evaluation mode and is left as it was: no statistics move and no random numbers are drawn.
+
+    Args:
+        model: What to run.
+        batch: A few samples.
+        layers: Module paths to capture.
+        prefix: Columns with this prefix go before those without.
+
+    Returns:
+        The features by path, float32 where the model is in half precision.
+    """
+    training = {module: module.training for module in model.modules()}
+    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    batch = {name: column.to(dtype) if column.is_floating_point() else column for name, column in batch.items()}
+    try:
+        return in_float32(run_model(model.eval(), batch, layers=layers, prefix=prefix)).features
+    finally:
+        for module, mode in training.items():
+            module.training = mode
 
 
 def detached(outputs: ModelOutputs) -> ModelOutputs:

@@ -225,8 +225,6 @@ class DistillationTrainer(Trainer):
         self.teacher = None
         if self.teacher_model is not None:
             label_order = None if made is not None else check_teacher(self.teacher_model, model, distiller)
-            for path in distiller.teacher_layers:
-                find_module(base_model(self.teacher_model), path.partition(":")[0])
             if distiller.trains_teacher:
                 if label_order is not None:
                     raise ValueError("a teacher that is trained must have the student's classes in the same order")
@@ -235,20 +233,25 @@ class DistillationTrainer(Trainer):
                 dtype = getattr(self.args, "teacher_dtype", None)
                 self.teacher = Teacher(
                     self.teacher_model,
-                    layers=distiller.teacher_layers,
                     label_order=label_order,
                     dtype=getattr(torch, dtype) if dtype else None,
                     device=self.args.device,
                 )
             use_channels_last(self.teacher_model)
-        for path in distiller.student_layers:
-            find_module(base_model(model), path.partition(":")[0])
         use_channels_last(model)
 
         with torch.random.fork_rng():
             torch.manual_seed(self.args.seed)
             distiller.setup(self.context)
         distiller.to(self.args.device)
+        # Not before: setup may choose the layers.
+        for path in distiller.student_layers:
+            find_module(base_model(model), path.partition(":")[0])
+        if self.teacher_model is not None:
+            for path in distiller.teacher_layers:
+                find_module(base_model(self.teacher_model), path.partition(":")[0])
+        if self.teacher is not None:
+            self.teacher.layers = tuple(distiller.teacher_layers)
         self._module = _DistillationModule(model, distiller, self.teacher_model if distiller.trains_teacher else None)
         if any(True for _ in distiller.parameters()) and self.optimizer is not None and self.lr_scheduler is not None:
             raise ValueError(

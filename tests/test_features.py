@@ -2,12 +2,38 @@
 
 import pytest
 import torch
-from helpers import FAMILIES, TEXT, freeze_batch_norm, make_trainer, rows, tiny, tiny_teacher, tokenizer
+from helpers import (
+    FAMILIES,
+    TEXT,
+    Rows,
+    assert_identical,
+    freeze_batch_norm,
+    make_trainer,
+    rows,
+    tiny,
+    tiny_teacher,
+    tokenizer,
+    weights,
+)
+from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
 from hfkd.data import DistillationCollator
-from hfkd.distillers import KD, Combined, Distiller, ModelOutputs
-from hfkd.features import capture, detached, find_module, in_float32, input_names, run_model, select_inputs
+from hfkd.distillers import KD, Combined, Distiller, ModelOutputs, Wrapper
+from hfkd.features import (
+    capture,
+    detached,
+    find_module,
+    head_path,
+    in_float32,
+    input_names,
+    probe,
+    run_model,
+    select_inputs,
+    stage_paths,
+)
+from hfkd.models import CifarConfig, CifarForImageClassification
 
 
 # An inner module of each family and what it gives for 4 samples.
@@ -146,3 +172,167 @@ def test_a_feature_method_trains_between_architectures(tmp_path):
     hints = [entry["hint/hint"] for entry in trainer.state.log_history if "hint/hint" in entry]
     assert hints[-1] < 0.8 * hints[0]
     assert not torch.equal(start, distiller.parts["hint"].projector.weight)
+
+
+# Stages
+
+
+STAGES = {
+    "bert": ("bert.encoder.layer.0", "bert.encoder.layer.1"),
+    "distilbert": ("distilbert.transformer.layer.0", "distilbert.transformer.layer.1"),
+    "vit": ("vit.layers.0", "vit.layers.1"),
+    "resnet": ("resnet.encoder.stages.0", "resnet.encoder.stages.1"),
+    "timm": tuple(f"timm_model.blocks.{i}" for i in range(5)),
+    "cifar": ("layer1", "layer2", "layer3"),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stages_and_heads_are_found(family):
+    model, batch = tiny(family).eval(), batch_of(family)
+    assert stage_paths(model) == STAGES[family]
+    assert head_path(model) == HEAD[family]
+    features = run_model(model, batch, layers=stage_paths(model)).features
+    if family in ("resnet", "timm", "cifar"):
+        sides = [feature.shape[-1] for feature in features.values()]
+        assert sorted(sides, reverse=True) == sides
+
+
+@pytest.mark.parametrize(
+    ("architecture", "stages"),
+    [
+        ("resnet56", (1, 2, 3)),
+        ("resnet32x4", (1, 2, 3)),
+        ("wrn_40_2", (1, 2, 3)),
+        ("resnet18", (1, 2, 3, 4)),
+        ("resnet50", (1, 2, 3, 4)),
+        ("vgg8", (1, 2, 3, 5)),
+        ("vgg13", (1, 2, 3, 5)),
+        ("mobilenetv2", (2, 3, 5, 7)),
+        ("shufflenetv1", (1, 2, 3)),
+        ("shufflenetv2", (1, 2, 3)),
+    ],
+)
+def test_a_stage_of_a_cifar_network_ends_where_the_next_resolution_starts(architecture, stages):
+    model = CifarForImageClassification(CifarConfig(architecture=architecture, num_labels=5)).eval()
+    assert stage_paths(model) == tuple(f"layer{i}" for i in stages)
+    layers = [name for name in model.layer_names if name.startswith("layer")]
+    features = run_model(model, {"pixel_values": torch.zeros(1, 3, 32, 32)}, layers=layers).features
+    last_of_side = {feature.shape[-1]: name for name, feature in features.items()}
+    assert stage_paths(model) == tuple(last_of_side.values())
+
+
+@pytest.mark.parametrize(
+    ("architecture", "stages"),
+    [
+        ("test_resnet", [f"layer{i}" for i in (1, 2, 3, 4)]),
+        ("test_vit", [f"blocks.{i}" for i in range(6)]),
+        ("mobilenetv3_small_050", [f"blocks.{i}" for i in (0, 1, 3, 5)]),
+        ("regnety_002", [f"s{i}" for i in (1, 2, 3, 4)]),
+        ("vgg11", [f"features.{i}" for i in (1, 4, 9, 14, 19, 20)]),
+    ],
+)
+def test_timm_names_its_stages_itself(architecture, stages):
+    model = TimmWrapperForImageClassification(TimmWrapperConfig(architecture=architecture, num_labels=5))
+    assert stage_paths(model) == tuple(f"timm_model.{name}" for name in stages)
+
+
+def test_a_model_without_stages_or_head_is_refused():
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config = tiny("bert").config
+            self.linear = nn.Linear(3, 2)
+
+    with pytest.raises(ValueError, match="Plain shows no stages: name layers yourself, with student_layers="):
+        stage_paths(Plain())
+    with pytest.raises(ValueError, match="Plain ends in no linear layer with 5 outputs: name the layer yourself"):
+        head_path(Plain())
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+def test_stages_are_found_inside_peft():
+    model = get_peft_model(tiny("bert"), LoraConfig(target_modules=["query"], modules_to_save=["classifier"]))
+    assert stage_paths(model) == STAGES["bert"]
+    assert head_path(model) == "classifier.modules_to_save.default"
+    outputs = run_model(model.eval(), batch_of("bert"), layers=(f"{head_path(model)}:input",))
+    assert outputs.features[f"{head_path(model)}:input"].shape == (4, 16)
+
+
+@pytest.mark.parametrize("family", ["cifar", "bert", "timm"])
+def test_a_probe_leaves_no_trace(family):
+    model, batch = tiny(family, dropout=0.5).train(), batch_of(family)
+    next(module for module in model.modules() if isinstance(module, (nn.BatchNorm2d, nn.Dropout))).eval()
+    modes = [module.training for module in model.modules()]
+    state, random = weights(model), torch.get_rng_state()
+    features = probe(model, batch, stage_paths(model))
+    assert list(features) == list(stage_paths(model))
+    assert not any(feature.requires_grad for feature in features.values())
+    assert_identical(weights(model), state)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert [module.training for module in model.modules()] == modes
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_probe_restores_the_mode_when_the_model_fails():
+    model = tiny("bert").train()
+    with pytest.raises(ValueError, match="no module 'layer1'"):
+        probe(model, batch_of("bert"), ("layer1",))
+    assert model.training
+
+
+def test_a_probe_runs_in_the_precision_of_the_model():
+    assert probe(tiny("cifar").double(), batch_of("cifar"), ("layer1",))["layer1"].dtype == torch.float64
+    assert probe(tiny("cifar").bfloat16(), batch_of("cifar"), ("layer1",))["layer1"].dtype == torch.float32
+
+
+# Layers that setup chooses
+
+
+class Chosen(KD):
+    """Compares nothing, but asks for layers once it knows the models."""
+
+    def setup(self, context):
+        models = context.student, context.teacher_model
+        self.student_layers, self.teacher_layers = (stage_paths(model)[:1] for model in models)
+
+    def forward(self, student, teacher, batch):
+        self.captured = {*student.features}, {*teacher.features}
+        return super().forward(student, teacher, batch)
+
+
+@pytest.mark.parametrize("wrap", [lambda d: d, Wrapper, lambda d: Combined({"kd": KD(), "chosen": d}, task_from="kd")])
+def test_setup_may_choose_the_layers(tmp_path, wrap):
+    chosen = Chosen()
+    distiller = wrap(chosen)
+    trainer = make_trainer(tmp_path, tiny("resnet"), tiny_teacher("cifar"), distiller, rows("resnet"), max_steps=1)
+    assert (distiller.student_layers, distiller.teacher_layers) == (("resnet.encoder.stages.0",), ("layer1",))
+    trainer.train()
+    assert chosen.captured == ({"resnet.encoder.stages.0"}, {"layer1"})
+
+
+def test_a_layer_that_setup_chooses_and_the_model_lacks_is_refused(tmp_path):
+    class Wrong(KD):
+        def setup(self, context):
+            self.teacher_layers = ("layer9",)
+
+    with pytest.raises(ValueError, match="CifarForImageClassification has no module 'layer9'"):
+        make_trainer(tmp_path, tiny("resnet"), tiny_teacher("cifar"), Wrong(), rows("resnet"))
+
+
+def test_a_sample_for_setup_is_unaugmented_and_moves_no_state(tmp_path):
+    class Augmented(Rows):
+        def __getitem__(self, i):
+            return {**super().__getitem__(i), "pixel_values": torch.rand(3, 16, 16)}
+
+        def without_augmentation(self):
+            return Rows(self.columns)
+
+    dataset = Augmented(rows("cifar").columns)
+    trainer = make_trainer(tmp_path, tiny("cifar"), tiny_teacher("cifar"), KD(), dataset)
+    sample = trainer.context.sample()
+    assert torch.equal(sample["pixel_values"], dataset.columns["pixel_values"][:2])
+    assert sample["index"].tolist() == [0, 1]
+    trainer = make_trainer(tmp_path, tiny("cifar"), tiny_teacher("cifar"))
+    with pytest.raises(ValueError, match="measures features on training samples: pass train_dataset="):
+        trainer.context.sample()

@@ -112,7 +112,10 @@ class Distiller(nn.Module):
         return None
 
     def setup(self, context: DistillationContext) -> None:
-        """Allocate parameters and buffers whose sizes depend on models or data. Called once, before the optimizer."""
+        """Allocate parameters and buffers whose sizes depend on models or data. Called once, before the optimizer.
+
+        Layers that depend on the models may be named here too.
+        """
 
     def forward(
         self, student: ModelOutputs, teacher: ModelOutputs | None, batch: Mapping[str, Tensor]
@@ -177,17 +180,21 @@ class Wrapper(Distiller):
         if not isinstance(base, Distiller):
             raise TypeError(f"{type(self).__name__} wraps a Distiller, got {type(base).__name__}: pass KD() or another")
         self.base = base
-        for flag in ("student_layers", "teacher_layers", "batch_columns"):
-            setattr(self, flag, tuple(dict.fromkeys((*getattr(type(self), flag), *getattr(base, flag)))))
+        self._join("student_layers", "teacher_layers", "batch_columns")
         for flag in ("needs_teacher", "trains_teacher", "needs_hard_labels", "batch_coupled"):
             setattr(self, flag, getattr(type(self), flag) or getattr(base, flag))
         self.problem_types = tuple(kind for kind in base.problem_types if kind in type(self).problem_types)
+
+    def _join(self, *flags: str) -> None:
+        for flag in flags:
+            setattr(self, flag, tuple(dict.fromkeys((*getattr(type(self), flag), *getattr(self.base, flag)))))
 
     def make_teacher(self, student):
         return self.base.make_teacher(student)
 
     def setup(self, context):
         self.base.setup(context)
+        self._join("student_layers", "teacher_layers")
 
     def forward(self, student, teacher, batch):
         return self.base(student, teacher, batch)

@@ -40,12 +40,16 @@ class Combined(Distiller):
         self.weights = {name: weights.get(name, 1.0) for name in distillers}
         self.task_from = task_from
         parts = list(distillers.values())
-        for flag in ("student_layers", "teacher_layers", "batch_columns"):
-            setattr(self, flag, tuple(dict.fromkeys(item for part in parts for item in getattr(part, flag))))
+        self._join("student_layers", "teacher_layers", "batch_columns")
         for flag in ("needs_teacher", "trains_teacher", "needs_hard_labels", "batch_coupled"):
             setattr(self, flag, any(getattr(part, flag) for part in parts))
         kinds = (set(part.problem_types) for part in parts)
         self.problem_types = tuple(sorted(set.intersection(*kinds)))
+
+    def _join(self, *flags: str) -> None:
+        for flag in flags:
+            items = (item for part in self.parts.values() for item in getattr(part, flag))
+            setattr(self, flag, tuple(dict.fromkeys(items)))
 
     def make_teacher(self, student):
         made = [teacher for part in self.parts.values() if (teacher := part.make_teacher(student)) is not None]
@@ -56,6 +60,7 @@ class Combined(Distiller):
     def setup(self, context):
         for part in self.parts.values():
             part.setup(context)
+        self._join("student_layers", "teacher_layers")
 
     def forward(self, student, teacher, batch):
         return self._named({name: part(student, teacher, batch) for name, part in self.parts.items()})
