@@ -53,12 +53,13 @@ class _DistillationModule(nn.Module):
     def forward(
         self, batch: Mapping[str, Tensor], teacher: ModelOutputs | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss, a scalar, and its named terms reduced over the batch, without gradient."""
+        """Return the loss, a scalar, and what is logged: its terms and the distiller's figures, without gradient."""
         student = in_float32(run_model(self.student, batch, layers=self.distiller.student_layers))
         live_teacher = None
         if self.teacher is not None:
             layers = self.distiller.teacher_layers
             live_teacher = in_float32(run_model(self.teacher, batch, layers=layers, prefix="teacher_"))
+            live_teacher.task_logits = live_teacher.logits
             teacher = detached(live_teacher)
         elif teacher is not None:
             teacher = in_float32(teacher)
@@ -70,7 +71,8 @@ class _DistillationModule(nn.Module):
             weight = batch.get("sample_weight")
             terms = {name: weighted_mean(term, name, weight) for name, term in terms.items()}
             loss = torch.stack(list(terms.values())).sum()
-        return loss, {name: term.detach() for name, term in terms.items()}
+            figures = {name: value.mean() for name, value in self.distiller.logged_values().items()}
+        return loss, {name: value.detach() for name, value in {**terms, **figures}.items()}
 
     def predict(self, batch: Mapping[str, Tensor]) -> Tensor:
         """The scores that evaluation uses, (B, C), in float32."""
@@ -224,7 +226,8 @@ class DistillationTrainer(Trainer):
         self.teacher_model = made if made is not None else teacher_model
         self.teacher = None
         if self.teacher_model is not None:
-            label_order = None if made is not None else check_teacher(self.teacher_model, model, distiller)
+            unlike = made is None or distiller.trains_teacher  # a peer may be the user's own
+            label_order = check_teacher(self.teacher_model, model, distiller) if unlike else None
             if distiller.trains_teacher:
                 if label_order is not None:
                     raise ValueError("a teacher that is trained must have the student's classes in the same order")
@@ -444,7 +447,12 @@ class DistillationTrainer(Trainer):
         if state:
             safetensors.torch.save_file(state, os.path.join(output_dir, DISTILLER_NAME))
         if self._saves_teacher:
-            self.teacher_model.save_pretrained(os.path.join(output_dir, TEACHER_FOLDER))
+            self.teacher_model.save_pretrained(self._teacher_folder(output_dir))
+
+    def _teacher_folder(self, checkpoint: str) -> str:
+        # Of a folder right below a checkpoint transformers would take an adapter for one more of the student's.
+        inner = () if isinstance(self.teacher_model, PreTrainedModel) else ("adapter",)
+        return os.path.join(checkpoint, TEACHER_FOLDER, *inner)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         if checkpoint is not None:
@@ -461,7 +469,10 @@ class DistillationTrainer(Trainer):
                 )
             self.distiller.load_state_dict(safetensors.torch.load_file(path))
         if self._saves_teacher:
-            load_weights(self.teacher_model, os.path.join(checkpoint, TEACHER_FOLDER))
+            if isinstance(self.teacher_model, PreTrainedModel):
+                load_weights(self.teacher_model, self._teacher_folder(checkpoint))
+            else:
+                super()._load_from_checkpoint(self._teacher_folder(checkpoint), self.teacher_model)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if isinstance(self.model, PreTrainedModel):

@@ -24,7 +24,7 @@ class ModelOutputs:
     Attributes:
         logits: (B, C) unnormalised scores: what methods match.
         task_logits: (B, C) scores that cross-entropy and evaluation use. The module sets them once, from the outermost
-            distiller's :meth:`Distiller.task_logits`; wrappers leave them alone. None for a teacher.
+            distiller's :meth:`Distiller.task_logits`; wrappers leave them alone. Of teachers only a trained one has them.
         features: Captured module outputs by path, as named in ``student_layers`` and ``teacher_layers``.
     """
 
@@ -44,6 +44,19 @@ def reduce_batch(per_sample: Tensor, reduction: str) -> Tensor:
     if reduction == "none":
         return per_sample
     raise ValueError(f'reduction must be "mean" (over the batch) or "none", got {reduction!r}')
+
+
+def check_temperature(temperature: float) -> None:
+    """Refuse a temperature that is not positive."""
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}: use 1.0 for no softening")
+
+
+def check_not_negative(**values: float) -> None:
+    """Refuse a negative weight of a term, by its name."""
+    for name, value in values.items():
+        if not value >= 0:
+            raise ValueError(f"{name} must not be negative, got {value}: 0 leaves its term out")
 
 
 class HardLabelLoss:
@@ -140,6 +153,14 @@ class Distiller(nn.Module):
         """The loss on the labels, (B,); see :class:`HardLabelLoss`."""
         return self.hard_label_loss(student.task_logits, batch["labels"])
 
+    def logged_values(self) -> dict[str, Tensor]:
+        """Figures of the latest forward that the log shows beside the terms, such as a learned weight.
+
+        Tensors of any shape, without gradient and left on the device: the trainer averages them over their elements,
+        the steps and the processes, as it does the terms.
+        """
+        return {}
+
     def on_train_begin(self, context: DistillationContext) -> None:
         """Called once before the first step, after a checkpoint is loaded: fill what it has not filled."""
 
@@ -151,6 +172,35 @@ class Distiller(nn.Module):
 
     def on_train_end(self, context: DistillationContext) -> None:
         """Called once after the last step."""
+
+
+class Ramp(nn.Module):
+    """A factor that rises in a straight line from 0 to 1 over the first part of training, then stays.
+
+    The method's ``on_epoch_begin`` and ``on_step_end`` hand it ``context.progress``. It is a buffer, so that a run
+    resumes where it stopped.
+
+    Args:
+        share: How long it rises, as a share of training; 0 is a factor of 1 throughout.
+
+    Raises:
+        ValueError: If the share is outside [0, 1].
+    """
+
+    def __init__(self, share: float):
+        super().__init__()
+        if not 0 <= share <= 1:
+            raise ValueError(f"warm_up must lie in [0, 1], got {share}: it is a share of training, 0 is no warm-up")
+        self.share = share
+        self.register_buffer("factor", torch.tensor(0.0 if share else 1.0))
+
+    def update(self, progress: float) -> None:
+        """Move the factor to where it should be after this share of training."""
+        self.factor.fill_(min(progress / self.share, 1.0) if self.share else 1.0)
+
+    def forward(self, term: Tensor) -> Tensor:
+        """Return the term times the factor."""
+        return self.factor * term
 
 
 class StudentAlone(Distiller):
@@ -204,6 +254,9 @@ class Wrapper(Distiller):
 
     def task_logits(self, student):
         return self.base.task_logits(student)
+
+    def logged_values(self):
+        return self.base.logged_values()
 
     def on_train_begin(self, context):
         self.base.on_train_begin(context)

@@ -69,13 +69,22 @@ class Combined(Distiller):
         return self._named({name: part.teacher_terms(teacher, student, batch) for name, part in self.parts.items()})
 
     def _named(self, terms_of: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
-        named = {}
-        for name, terms in terms_of.items():
-            counts_task = name == self.task_from
-            for term, value in terms.items():
-                if counts_task or term != "task":
-                    named[term if counts_task else f"{name}/{term}"] = self.weights[name] * value
-        return named
+        return {
+            self._prefix(name) + term: self.weights[name] * value
+            for name, terms in terms_of.items()
+            for term, value in terms.items()
+            if name == self.task_from or term != "task"
+        }
+
+    def _prefix(self, name: str) -> str:
+        return "" if name == self.task_from else f"{name}/"
+
+    def logged_values(self):
+        return {
+            self._prefix(name) + figure: value
+            for name, part in self.parts.items()
+            for figure, value in part.logged_values().items()
+        }
 
     def task_logits(self, student):
         return self.parts[self.task_from].task_logits(student)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from hfkd.distillers.base import Distiller, reduce_batch
+from hfkd.distillers.base import Distiller, check_temperature, reduce_batch
 
 
 def kd_loss(
@@ -36,8 +36,7 @@ def kd_loss(
     >>> kd_loss(z, z).item()
     0.0
     """
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}: use 1.0 for no softening")
+    check_temperature(temperature)
     student = F.log_softmax(student_logits / temperature, dim=-1)
     teacher = F.log_softmax(teacher_logits / temperature, dim=-1)
     per_sample = F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1) * temperature**2
@@ -63,8 +62,7 @@ class KD(Distiller):
         super().__init__()
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha must lie in [0, 1], got {alpha}: 0 is the labels alone, 1 the teacher alone")
-        if not temperature > 0:
-            raise ValueError(f"temperature must be positive, got {temperature}: use 1.0 for no softening")
+        check_temperature(temperature)
         self.alpha, self.temperature = alpha, temperature
 
     def forward(self, student, teacher, batch):

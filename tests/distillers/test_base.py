@@ -9,7 +9,7 @@ from references import STUDENT, TEACHER, batch
 from torch import nn
 
 from hfkd.distillers import KD, TTM, WTTM, Combined, Distiller, ModelOutputs, StudentAlone, Wrapper
-from hfkd.distillers.base import HardLabelLoss, reduce_batch, weighted_mean
+from hfkd.distillers.base import HardLabelLoss, Ramp, reduce_batch, weighted_mean
 
 
 def outputs(logits):
@@ -89,6 +89,31 @@ def test_what_cannot_be_weighed_is_refused():
         weighted_mean(torch.tensor(1.0), "gram", torch.ones(2))
     with pytest.raises(ValueError, match=r"term 'x' has shape \(2, 3\): return \(B,\)"):
         weighted_mean(torch.ones(2, 3), "x", None)
+
+
+# Ramp
+
+
+def test_a_ramp_rises_in_a_straight_line_and_stays():
+    ramp = Ramp(0.25)
+    assert ramp(torch.tensor(4.0)) == 0.0
+    for progress, factor in [(0.0, 0.0), (0.125, 0.5), (0.25, 1.0), (1.0, 1.0), (0.0, 0.0)]:  # the last: a second train()
+        ramp.update(progress)
+        assert ramp(torch.tensor(4.0)) == pytest.approx(4.0 * factor)
+    assert list(ramp.state_dict()) == ["factor"]
+
+
+def test_no_ramp_is_a_factor_of_one():
+    ramp = Ramp(0)
+    assert ramp(torch.tensor(4.0)) == 4.0
+    ramp.update(0.0)
+    assert ramp(torch.tensor(4.0)) == 4.0
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])
+def test_a_ramp_longer_than_training_is_refused(share):
+    with pytest.raises(ValueError, match=r"warm_up must lie in \[0, 1\], got .*: it is a share of training"):
+        Ramp(share)
 
 
 # Distiller
@@ -172,6 +197,9 @@ class Everything(Distiller):
     def task_logits(self, student):
         return student.logits + 1
 
+    def logged_values(self):
+        return {"figure": torch.ones(2)}
+
     def on_train_begin(self, context):
         self.calls.append("on_train_begin")
 
@@ -198,6 +226,7 @@ def test_wrappers_and_combinations_hand_everything_on(wrap):
     assert "teacher" in outer.teacher_terms(None, None, {})
     assert base.calls == [*EVENTS, "make_teacher", "teacher_terms"]
     assert outer.task_logits(outputs(STUDENT)).tolist() == (STUDENT + 1).tolist()
+    assert list(outer.logged_values()) == ["figure"]
     assert (outer.trains_teacher, outer.needs_hard_labels, outer.batch_coupled) == (True, True, True)
     assert outer.teacher_layers == ("t",)
 
@@ -246,6 +275,12 @@ def test_teacher_terms_are_named_like_the_others():
         "teacher": [1.0, 1.0],
         "b/teacher": [0.5, 0.5],
     }
+
+
+def test_figures_are_named_like_the_terms_and_not_weighted():
+    both = Combined({"a": Everything(), "b": Everything()}, {"b": 0.5}, task_from="a")
+    values = both.logged_values()
+    assert {name: value.tolist() for name, value in values.items()} == {"figure": [1.0, 1.0], "b/figure": [1.0, 1.0]}
 
 
 def test_problem_types_are_those_of_all_parts():
