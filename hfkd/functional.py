@@ -4,4 +4,8 @@ from hfkd.distillers.kd import kd_loss
 from hfkd.distillers.ttm import ttm_loss, wttm_loss
 
 
-__all__ = ["kd_loss", "ttm_loss", "wttm_loss"]
+__all__ = [
+    "kd_loss",
+    "ttm_loss",
+    "wttm_loss",
+]

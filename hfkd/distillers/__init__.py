@@ -4,11 +4,22 @@ import inspect
 
 from hfkd.distillers.base import Distiller, ModelOutputs, StudentAlone, Wrapper
 from hfkd.distillers.combined import Combined
+from hfkd.distillers.dml import DML
 from hfkd.distillers.kd import KD
 from hfkd.distillers.ttm import TTM, WTTM
 
 
-__all__ = ["KD", "TTM", "WTTM", "Combined", "Distiller", "ModelOutputs", "StudentAlone", "Wrapper"]
+__all__ = [
+    "KD",
+    "TTM",
+    "WTTM",
+    "DML",
+    "Combined",
+    "Distiller",
+    "ModelOutputs",
+    "StudentAlone",
+    "Wrapper",
+]
 
 
 def make_distiller(name: str, **kwargs) -> Distiller:

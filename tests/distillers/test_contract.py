@@ -8,7 +8,17 @@ import torch
 from helpers import MovingAverage, Mutual, Weighted, assert_identical, make_trainer, rows, tiny, tiny_teacher, weights
 
 import hfkd.distillers
-from hfkd.distillers import KD, TTM, WTTM, Combined, Distiller, ModelOutputs, StudentAlone, Wrapper
+from hfkd.distillers import (
+    DML,
+    KD,
+    TTM,
+    WTTM,
+    Combined,
+    Distiller,
+    ModelOutputs,
+    StudentAlone,
+    Wrapper,
+)
 
 
 def combined(**options):
@@ -22,6 +32,7 @@ METHODS = [
     (KD, {"alpha": 0.5, "temperature": 1.0}),
     (TTM, {}),
     (WTTM, {"gamma": 0.1, "beta": 4.0}),
+    (DML, {}),
     (Wrapper, {"base": WTTM()}),
     (combined, {}),
     (Weighted, {}),
@@ -39,6 +50,7 @@ REFUSED = [
     (TTM, {"beta": -1.0}, "0 is the labels alone"),
     (WTTM, {"gamma": 1.5}, "it is 1/temperature"),
     (WTTM, {"beta": -1.0}, "0 is the labels alone"),
+    (DML, {"weight": -1.0}, "weight must not be negative"),
 ]
 
 
@@ -48,7 +60,7 @@ def ready(tmp_path):
 
     def make(method, arguments, **more):
         distiller = pickle.loads(pickle.dumps(method(**arguments)))  # the table's own stay as they are
-        needs = distiller.needs_teacher and not isinstance(distiller, MovingAverage)
+        needs = distiller.needs_teacher and distiller.make_teacher(tiny("bert")) is None
         trainer = make_trainer(
             tmp_path, tiny("bert"), tiny_teacher("bert") if needs else None, distiller, rows("bert"), **more
         )
