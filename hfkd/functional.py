@@ -1,11 +1,21 @@
 """The loss functions of all methods, pure and without state."""
 
+from hfkd.distillers.dist import dist_loss
+from hfkd.distillers.dkd import dkd_loss, nckd_loss, tckd_loss
 from hfkd.distillers.kd import kd_loss
+from hfkd.distillers.nkd import nkd_loss
+from hfkd.distillers.standardized_logits import standardize_logits
 from hfkd.distillers.ttm import ttm_loss, wttm_loss
 
 
 __all__ = [
+    "dist_loss",
+    "dkd_loss",
     "kd_loss",
+    "nckd_loss",
+    "nkd_loss",
+    "standardize_logits",
+    "tckd_loss",
     "ttm_loss",
     "wttm_loss",
 ]

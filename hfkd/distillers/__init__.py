@@ -4,8 +4,12 @@ import inspect
 
 from hfkd.distillers.base import Distiller, ModelOutputs, StudentAlone, Wrapper
 from hfkd.distillers.combined import Combined
+from hfkd.distillers.dist import DIST
+from hfkd.distillers.dkd import DKD
 from hfkd.distillers.dml import DML
 from hfkd.distillers.kd import KD
+from hfkd.distillers.nkd import NKD
+from hfkd.distillers.standardized_logits import StandardizedLogits
 from hfkd.distillers.ttm import TTM, WTTM
 
 
@@ -13,10 +17,14 @@ __all__ = [
     "KD",
     "TTM",
     "WTTM",
+    "DIST",
+    "DKD",
     "DML",
+    "NKD",
     "Combined",
     "Distiller",
     "ModelOutputs",
+    "StandardizedLogits",
     "StudentAlone",
     "Wrapper",
 ]

@@ -9,13 +9,17 @@ from helpers import MovingAverage, Mutual, Weighted, assert_identical, make_trai
 
 import hfkd.distillers
 from hfkd.distillers import (
+    DIST,
+    DKD,
     DML,
     KD,
+    NKD,
     TTM,
     WTTM,
     Combined,
     Distiller,
     ModelOutputs,
+    StandardizedLogits,
     StudentAlone,
     Wrapper,
 )
@@ -33,6 +37,12 @@ METHODS = [
     (TTM, {}),
     (WTTM, {"gamma": 0.1, "beta": 4.0}),
     (DML, {}),
+    (DIST, {"temperature": 4.0}),
+    (DKD, {}),
+    (DKD, {"warm_up": 0.0}),
+    (NKD, {}),
+    (StandardizedLogits, {}),
+    (StandardizedLogits, {"base": DKD(warm_up=0.0, temperature=2.0)}),
     (Wrapper, {"base": WTTM()}),
     (combined, {}),
     (Weighted, {}),
@@ -50,6 +60,16 @@ REFUSED = [
     (TTM, {"beta": -1.0}, "0 is the labels alone"),
     (WTTM, {"gamma": 1.5}, "it is 1/temperature"),
     (WTTM, {"beta": -1.0}, "0 is the labels alone"),
+    (DIST, {"beta": -1.0}, "beta must not be negative, got -1.0: 0 leaves its term out"),
+    (DIST, {"gamma": -1.0}, "gamma must not be negative"),
+    (DIST, {"temperature": 0.0}, "use 1.0 for no softening"),
+    (DKD, {"alpha": -1.0}, "alpha must not be negative"),
+    (DKD, {"beta": -1.0}, "beta must not be negative"),
+    (DKD, {"temperature": -1.0}, "use 1.0 for no softening"),
+    (DKD, {"warm_up": 20}, "it is a share of training, 0 is no warm-up"),
+    (NKD, {"gamma": -1.0}, "gamma must not be negative"),
+    (NKD, {"weight": -1.0}, "weight must not be negative"),
+    (NKD, {"temperature": 0.0}, "use 1.0 for no softening"),
     (DML, {"weight": -1.0}, "weight must not be negative"),
 ]
 
@@ -165,7 +185,9 @@ def test_every_public_method_is_on_the_tables():
     public = [getattr(hfkd.distillers, name) for name in hfkd.distillers.__all__]
     methods = {cls for cls in public if inspect.isclass(cls) and issubclass(cls, Distiller)} - {Distiller, Combined}
     with_options = {
-        cls for cls in methods if any(p.default is not p.empty for p in inspect.signature(cls).parameters.values())
+        cls
+        for cls in methods
+        if any(p.default is not p.empty and p.name != "base" for p in inspect.signature(cls).parameters.values())
     }
     assert {KD, TTM, WTTM} <= with_options
     assert methods <= {method for method, _ in METHODS}
