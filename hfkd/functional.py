@@ -3,8 +3,10 @@
 from hfkd.distillers.dist import dist_loss
 from hfkd.distillers.dkd import dkd_loss, nckd_loss, tckd_loss
 from hfkd.distillers.kd import kd_loss
+from hfkd.distillers.label_smoothing import label_smoothing_loss
 from hfkd.distillers.nkd import nkd_loss
 from hfkd.distillers.standardized_logits import standardize_logits
+from hfkd.distillers.tf_kd import virtual_kd_loss
 from hfkd.distillers.ttm import ttm_loss, wttm_loss
 
 
@@ -12,10 +14,12 @@ __all__ = [
     "dist_loss",
     "dkd_loss",
     "kd_loss",
+    "label_smoothing_loss",
     "nckd_loss",
     "nkd_loss",
     "standardize_logits",
     "tckd_loss",
     "ttm_loss",
+    "virtual_kd_loss",
     "wttm_loss",
 ]

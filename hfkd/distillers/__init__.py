@@ -8,8 +8,11 @@ from hfkd.distillers.dist import DIST
 from hfkd.distillers.dkd import DKD
 from hfkd.distillers.dml import DML
 from hfkd.distillers.kd import KD
+from hfkd.distillers.label_smoothing import LabelSmoothing
 from hfkd.distillers.nkd import NKD
+from hfkd.distillers.self_distillation import SelfDistillation
 from hfkd.distillers.standardized_logits import StandardizedLogits
+from hfkd.distillers.tf_kd import TfKD
 from hfkd.distillers.ttm import TTM, WTTM
 
 
@@ -23,9 +26,12 @@ __all__ = [
     "NKD",
     "Combined",
     "Distiller",
+    "LabelSmoothing",
     "ModelOutputs",
+    "SelfDistillation",
     "StandardizedLogits",
     "StudentAlone",
+    "TfKD",
     "Wrapper",
 ]
 
