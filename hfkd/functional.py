@@ -1,5 +1,6 @@
 """The loss functions of all methods, pure and without state."""
 
+from hfkd.distillers.akd import gap_alpha
 from hfkd.distillers.dist import dist_loss
 from hfkd.distillers.dkd import dkd_loss, nckd_loss, tckd_loss
 from hfkd.distillers.kd import kd_loss
@@ -13,6 +14,7 @@ from hfkd.distillers.ttm import ttm_loss, wttm_loss
 __all__ = [
     "dist_loss",
     "dkd_loss",
+    "gap_alpha",
     "kd_loss",
     "label_smoothing_loss",
     "nckd_loss",

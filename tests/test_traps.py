@@ -34,7 +34,7 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from hfkd.checks import check_processes
 from hfkd.data import DistillationCollator
-from hfkd.distillers import KD, TTM, WTTM, Combined
+from hfkd.distillers import AKD, DKD, KD, TTM, WTTM, Combined
 
 
 scenarios = importlib.import_module("two_processes")
@@ -404,7 +404,8 @@ def test_trap_17_no_value_leaves_the_device_between_logs(tmp_path, monkeypatch):
                 counting.discard(self)
 
     # Images, so that no collator or attention mask looks at the values of a batch.
-    distiller = Combined({"a": Weighted(), "b": WTTM()}, task_from="a")
+    adaptive = {"c": AKD(alpha="learned", cam=True), "d": AKD(ema=0.5), "e": DKD()}
+    distiller = Combined({"a": Weighted(), "b": WTTM(), **adaptive}, task_from="a")
     trainer = make_trainer(
         tmp_path,
         tiny("resnet"),

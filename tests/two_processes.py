@@ -26,7 +26,7 @@ from helpers import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
-from hfkd.distillers import KD, TTM, Combined
+from hfkd.distillers import AKD, KD, TTM, Combined, SelfDistillation
 
 
 def processes() -> int:
@@ -163,6 +163,21 @@ def resume(folder) -> dict:
     return {"difference": largest_difference(one, other), "weights": one}
 
 
+def averages(folder) -> dict:
+    """Averages over steps, which each process keeps: of a network with BatchNorm, and of a figure of the batches."""
+    student = tiny("resnet")
+    distiller = Combined({"own": SelfDistillation(decay=0.5), "akd": AKD(ema=0.5)}, task_from="own")
+    trainer = make_trainer(folder, student, None, distiller, rows("resnet"), max_steps=4, **share())
+    start = weights(trainer.teacher_model)
+    trainer.train()
+    teacher = weights(trainer.teacher_model)
+    return {
+        "teacher": teacher,
+        "distiller": weights(distiller),
+        "moved": all(largest_difference({n: teacher[n]}, {n: start[n]}) > 0 for n in teacher if "running_mean" in n),
+    }
+
+
 def fully_sharded(folder) -> dict:
     """An engine that is asked for and not active; the last scenario, because it leaves its wish in the environment."""
     try:
@@ -200,6 +215,7 @@ SCENARIOS = {
     "second_train": second_train,
     "resume": resume,
     "term_logs": term_logs,
+    "averages": averages,
     "fully_sharded": fully_sharded,
 }
 

@@ -2,7 +2,9 @@
 
 import inspect
 
+from hfkd.distillers.akd import AKD
 from hfkd.distillers.base import Distiller, ModelOutputs, StudentAlone, Wrapper
+from hfkd.distillers.cam import CAM
 from hfkd.distillers.combined import Combined
 from hfkd.distillers.dist import DIST
 from hfkd.distillers.dkd import DKD
@@ -20,6 +22,8 @@ __all__ = [
     "KD",
     "TTM",
     "WTTM",
+    "AKD",
+    "CAM",
     "DIST",
     "DKD",
     "DML",
