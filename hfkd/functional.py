@@ -1,20 +1,25 @@
 """The loss functions of all methods, pure and without state."""
 
 from hfkd.distillers.akd import gap_alpha
+from hfkd.distillers.at import attention_transfer_loss
 from hfkd.distillers.dist import dist_loss
 from hfkd.distillers.dkd import dkd_loss, nckd_loss, tckd_loss
+from hfkd.distillers.fitnet import hint_loss
 from hfkd.distillers.kd import kd_loss
 from hfkd.distillers.label_smoothing import label_smoothing_loss
 from hfkd.distillers.nkd import nkd_loss
 from hfkd.distillers.standardized_logits import standardize_logits
 from hfkd.distillers.tf_kd import virtual_kd_loss
 from hfkd.distillers.ttm import ttm_loss, wttm_loss
+from hfkd.distillers.vid import vid_loss
 
 
 __all__ = [
+    "attention_transfer_loss",
     "dist_loss",
     "dkd_loss",
     "gap_alpha",
+    "hint_loss",
     "kd_loss",
     "label_smoothing_loss",
     "nckd_loss",
@@ -22,6 +27,7 @@ __all__ = [
     "standardize_logits",
     "tckd_loss",
     "ttm_loss",
+    "vid_loss",
     "virtual_kd_loss",
     "wttm_loss",
 ]

@@ -3,12 +3,14 @@
 import inspect
 
 from hfkd.distillers.akd import AKD
+from hfkd.distillers.at import AT
 from hfkd.distillers.base import Distiller, ModelOutputs, StudentAlone, Wrapper
 from hfkd.distillers.cam import CAM
 from hfkd.distillers.combined import Combined
 from hfkd.distillers.dist import DIST
 from hfkd.distillers.dkd import DKD
 from hfkd.distillers.dml import DML
+from hfkd.distillers.fitnet import FitNet
 from hfkd.distillers.kd import KD
 from hfkd.distillers.label_smoothing import LabelSmoothing
 from hfkd.distillers.nkd import NKD
@@ -16,6 +18,7 @@ from hfkd.distillers.self_distillation import SelfDistillation
 from hfkd.distillers.standardized_logits import StandardizedLogits
 from hfkd.distillers.tf_kd import TfKD
 from hfkd.distillers.ttm import TTM, WTTM
+from hfkd.distillers.vid import VID
 
 
 __all__ = [
@@ -23,13 +26,16 @@ __all__ = [
     "TTM",
     "WTTM",
     "AKD",
+    "AT",
     "CAM",
     "DIST",
     "DKD",
     "DML",
     "NKD",
+    "VID",
     "Combined",
     "Distiller",
+    "FitNet",
     "LabelSmoothing",
     "ModelOutputs",
     "SelfDistillation",
