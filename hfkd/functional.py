@@ -8,6 +8,9 @@ from hfkd.distillers.fitnet import hint_loss
 from hfkd.distillers.kd import kd_loss
 from hfkd.distillers.label_smoothing import label_smoothing_loss
 from hfkd.distillers.nkd import nkd_loss
+from hfkd.distillers.pkt import pkt_loss
+from hfkd.distillers.rkd import rkd_loss
+from hfkd.distillers.sp import sp_loss
 from hfkd.distillers.standardized_logits import standardize_logits
 from hfkd.distillers.tf_kd import virtual_kd_loss
 from hfkd.distillers.ttm import ttm_loss, wttm_loss
@@ -24,6 +27,9 @@ __all__ = [
     "label_smoothing_loss",
     "nckd_loss",
     "nkd_loss",
+    "pkt_loss",
+    "rkd_loss",
+    "sp_loss",
     "standardize_logits",
     "tckd_loss",
     "ttm_loss",

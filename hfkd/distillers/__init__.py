@@ -14,7 +14,10 @@ from hfkd.distillers.fitnet import FitNet
 from hfkd.distillers.kd import KD
 from hfkd.distillers.label_smoothing import LabelSmoothing
 from hfkd.distillers.nkd import NKD
+from hfkd.distillers.pkt import PKT
+from hfkd.distillers.rkd import RKD
 from hfkd.distillers.self_distillation import SelfDistillation
+from hfkd.distillers.sp import SP
 from hfkd.distillers.standardized_logits import StandardizedLogits
 from hfkd.distillers.tf_kd import TfKD
 from hfkd.distillers.ttm import TTM, WTTM
@@ -32,6 +35,9 @@ __all__ = [
     "DKD",
     "DML",
     "NKD",
+    "PKT",
+    "RKD",
+    "SP",
     "VID",
     "Combined",
     "Distiller",
