@@ -9,6 +9,7 @@ from hfkd.distillers.kd import kd_loss
 from hfkd.distillers.label_smoothing import label_smoothing_loss
 from hfkd.distillers.nkd import nkd_loss
 from hfkd.distillers.pkt import pkt_loss
+from hfkd.distillers.reviewkd import hierarchical_context_loss
 from hfkd.distillers.rkd import rkd_loss
 from hfkd.distillers.sp import sp_loss
 from hfkd.distillers.standardized_logits import standardize_logits
@@ -22,6 +23,7 @@ __all__ = [
     "dist_loss",
     "dkd_loss",
     "gap_alpha",
+    "hierarchical_context_loss",
     "hint_loss",
     "kd_loss",
     "label_smoothing_loss",

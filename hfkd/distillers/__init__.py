@@ -15,6 +15,7 @@ from hfkd.distillers.kd import KD
 from hfkd.distillers.label_smoothing import LabelSmoothing
 from hfkd.distillers.nkd import NKD
 from hfkd.distillers.pkt import PKT
+from hfkd.distillers.reviewkd import ReviewKD
 from hfkd.distillers.rkd import RKD
 from hfkd.distillers.self_distillation import SelfDistillation
 from hfkd.distillers.sp import SP
@@ -44,6 +45,7 @@ __all__ = [
     "FitNet",
     "LabelSmoothing",
     "ModelOutputs",
+    "ReviewKD",
     "SelfDistillation",
     "StandardizedLogits",
     "StudentAlone",
