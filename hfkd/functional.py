@@ -2,6 +2,7 @@
 
 from hfkd.distillers.akd import gap_alpha
 from hfkd.distillers.at import attention_transfer_loss
+from hfkd.distillers.crd import crd_loss
 from hfkd.distillers.dist import dist_loss
 from hfkd.distillers.dkd import dkd_loss, nckd_loss, tckd_loss
 from hfkd.distillers.fitnet import hint_loss
@@ -20,6 +21,7 @@ from hfkd.distillers.vid import vid_loss
 
 __all__ = [
     "attention_transfer_loss",
+    "crd_loss",
     "dist_loss",
     "dkd_loss",
     "gap_alpha",

@@ -7,6 +7,7 @@ from hfkd.distillers.at import AT
 from hfkd.distillers.base import Distiller, ModelOutputs, StudentAlone, Wrapper
 from hfkd.distillers.cam import CAM
 from hfkd.distillers.combined import Combined
+from hfkd.distillers.crd import CRD
 from hfkd.distillers.dist import DIST
 from hfkd.distillers.dkd import DKD
 from hfkd.distillers.dml import DML
@@ -32,6 +33,7 @@ __all__ = [
     "AKD",
     "AT",
     "CAM",
+    "CRD",
     "DIST",
     "DKD",
     "DML",
