@@ -2,10 +2,12 @@
 
 from hfkd.distillers.akd import gap_alpha
 from hfkd.distillers.at import attention_transfer_loss
+from hfkd.distillers.attention_maps import attention_relation_loss, attention_score_loss
 from hfkd.distillers.crd import crd_loss
 from hfkd.distillers.dist import dist_loss
 from hfkd.distillers.dkd import dkd_loss, nckd_loss, tckd_loss
 from hfkd.distillers.fitnet import hint_loss
+from hfkd.distillers.hidden_states import hidden_state_loss
 from hfkd.distillers.kd import kd_loss
 from hfkd.distillers.label_smoothing import label_smoothing_loss
 from hfkd.distillers.nkd import nkd_loss
@@ -20,11 +22,14 @@ from hfkd.distillers.vid import vid_loss
 
 
 __all__ = [
+    "attention_relation_loss",
+    "attention_score_loss",
     "attention_transfer_loss",
     "crd_loss",
     "dist_loss",
     "dkd_loss",
     "gap_alpha",
+    "hidden_state_loss",
     "hierarchical_context_loss",
     "hint_loss",
     "kd_loss",

@@ -4,6 +4,7 @@ import inspect
 
 from hfkd.distillers.akd import AKD
 from hfkd.distillers.at import AT
+from hfkd.distillers.attention_maps import AttentionMaps
 from hfkd.distillers.base import Distiller, ModelOutputs, StudentAlone, Wrapper
 from hfkd.distillers.cam import CAM
 from hfkd.distillers.combined import Combined
@@ -12,6 +13,7 @@ from hfkd.distillers.dist import DIST
 from hfkd.distillers.dkd import DKD
 from hfkd.distillers.dml import DML
 from hfkd.distillers.fitnet import FitNet
+from hfkd.distillers.hidden_states import HiddenStates
 from hfkd.distillers.kd import KD
 from hfkd.distillers.label_smoothing import LabelSmoothing
 from hfkd.distillers.nkd import NKD
@@ -42,9 +44,11 @@ __all__ = [
     "RKD",
     "SP",
     "VID",
+    "AttentionMaps",
     "Combined",
     "Distiller",
     "FitNet",
+    "HiddenStates",
     "LabelSmoothing",
     "ModelOutputs",
     "ReviewKD",
