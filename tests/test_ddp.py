@@ -55,6 +55,14 @@ def test_the_data_set_hears_of_each_epoch(two_processes):
         assert sorted(set(result["epochs"])) == [0, 1]
 
 
+def test_memories_of_embeddings_are_alike_and_equal_one_process(two_processes, one_process):
+    """The same negatives too, whatever process a sample is on."""
+    ranks, expected = two_processes["contrastive"], one_process("contrastive")
+    assert_identical(ranks[0]["weights"], ranks[1]["weights"])
+    assert largest_difference(ranks[0]["weights"], expected["weights"]) <= 1e-6
+    assert ranks[0]["crd"] == pytest.approx(expected["crd"], rel=1e-5)
+
+
 def test_a_trained_teacher_equals_one_process(two_processes, one_process):
     ranks = two_processes["mutual"]
     assert_identical(ranks[0]["weights"], ranks[1]["weights"])

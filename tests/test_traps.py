@@ -34,7 +34,7 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from hfkd.checks import check_processes
 from hfkd.data import DistillationCollator
-from hfkd.distillers import AKD, DKD, KD, TTM, WTTM, Combined
+from hfkd.distillers import AKD, CRD, DKD, KD, PKT, RKD, TTM, WTTM, Combined
 
 
 scenarios = importlib.import_module("two_processes")
@@ -405,7 +405,8 @@ def test_trap_17_no_value_leaves_the_device_between_logs(tmp_path, monkeypatch):
 
     # Images, so that no collator or attention mask looks at the values of a batch.
     adaptive = {"c": AKD(alpha="learned", cam=True), "d": AKD(ema=0.5), "e": DKD()}
-    distiller = Combined({"a": Weighted(), "b": WTTM(), **adaptive}, task_from="a")
+    coupled = {"f": CRD(negatives=8), "g": RKD(), "h": PKT()}
+    distiller = Combined({"a": Weighted(), "b": WTTM(), **adaptive, **coupled}, task_from="a")
     trainer = make_trainer(
         tmp_path,
         tiny("resnet"),

@@ -26,7 +26,7 @@ from helpers import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
-from hfkd.distillers import AKD, KD, TTM, Combined, SelfDistillation
+from hfkd.distillers import AKD, CRD, KD, TTM, Combined, SelfDistillation
 
 
 def processes() -> int:
@@ -97,6 +97,23 @@ def bank(folder) -> dict:
     trainer = make_trainer(folder, tiny("bert"), teacher, distiller, rows("bert"), max_steps=4, **share())
     trainer.train()
     return {"bank": weights(distiller)}
+
+
+def contrastive(folder) -> dict:
+    """Two memories of embeddings, drawn from and written to; accumulated, so that a step has several batches."""
+    student, distiller = freeze_batch_norm(tiny("resnet")).double(), CRD(embedding_size=4, negatives=6)
+    trainer = make_trainer(
+        folder,
+        student,
+        tiny_teacher("resnet").double(),
+        distiller,
+        rows("resnet").double(),
+        max_steps=3,
+        gradient_accumulation_steps=2,
+        **share(4),
+    )
+    trainer.train()
+    return {"weights": weights(student, distiller), "crd": logged(trainer, "crd")}
 
 
 def mutual(folder) -> dict:
@@ -210,6 +227,7 @@ SCENARIOS = {
     "learnable_all_used": lambda folder: learnable(folder, find_unused=False, max_grad_norm=1.0),
     "student_alone": student_alone,
     "bank": bank,
+    "contrastive": contrastive,
     "mutual": mutual,
     "evaluation": evaluation,
     "second_train": second_train,

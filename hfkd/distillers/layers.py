@@ -119,7 +119,7 @@ class LayerDistiller(Distiller):
             if self.by_token and own.shape[1] != other.shape[1]:
                 raise ValueError(
                     f"{type(self).__name__} compares token by token, and the student has {own.shape[1]} and the "
-                    f"teacher {other.shape[1]}: choose models that cut an input alike, or a method that compares logits"
+                    f"teacher {other.shape[1]}: choose models that cut an input alike, or compare logits"
                 )
         self.allocate(pairs)
 

@@ -10,24 +10,35 @@ from helpers import MovingAverage, Mutual, Weighted, assert_identical, make_trai
 import hfkd.distillers
 from hfkd.distillers import (
     AKD,
+    AT,
     CAM,
+    CRD,
     DIST,
     DKD,
     DML,
     KD,
     NKD,
+    PKT,
+    RKD,
+    SP,
     TTM,
+    VID,
     WTTM,
+    AttentionMaps,
     Combined,
     Distiller,
+    FitNet,
+    HiddenStates,
     LabelSmoothing,
     ModelOutputs,
+    ReviewKD,
     SelfDistillation,
     StandardizedLogits,
     StudentAlone,
     TfKD,
     Wrapper,
 )
+from hfkd.features import head_path, probe
 
 
 def combined(**options):
@@ -41,31 +52,47 @@ METHODS = [
     (KD, {"alpha": 0.5, "temperature": 1.0}),
     (TTM, {}),
     (WTTM, {"gamma": 0.1, "beta": 4.0}),
-    (DML, {}),
-    (DIST, {"temperature": 4.0}),
-    (DKD, {}),
-    (DKD, {"warm_up": 0.0}),
-    (NKD, {}),
-    (StandardizedLogits, {}),
-    (StandardizedLogits, {"base": DKD(warm_up=0.0, temperature=2.0)}),
-    (LabelSmoothing, {}),
-    (SelfDistillation, {"warm_up": 0.0, "decay": 0.5}),
-    (TfKD, {}),
-    (TfKD, {"mode": "virtual"}),
     (AKD, {}),
     (AKD, {"alpha": "learned", "cam": True}),
     (AKD, {"gap": "ce", "batch_mean": True}),
     (AKD, {"alpha_on": "ce", "ema": 0.5}),
     (CAM, {"base": WTTM()}),
+    (DIST, {"temperature": 4.0}),
+    (DKD, {}),
+    (DKD, {"warm_up": 0.0}),
+    (DML, {}),
+    (LabelSmoothing, {}),
+    (NKD, {}),
+    (SelfDistillation, {"warm_up": 0.0, "decay": 0.5}),
+    (StandardizedLogits, {}),
+    (StandardizedLogits, {"base": DKD(warm_up=0.0, temperature=2.0)}),
+    (TfKD, {}),
+    (TfKD, {"mode": "virtual"}),
+    (FitNet, {"weight": 0.1}),
+    (AT, {"weight": 10.0}),
+    (SP, {"weight": 10.0}),
+    (RKD, {}),
+    (PKT, {"weight": 10.0}),
+    (VID, {}),
+    (CRD, {"embedding_size": 4, "negatives": 8}),
+    (ReviewKD, {"warm_up": 0.0}),
+    (HiddenStates, {}),
+    (HiddenStates, {"loss": "cosine"}),
+    (AttentionMaps, {}),
+    (AttentionMaps, {"loss": "kl"}),
+    (Wrapper, {"base": FitNet(weight=0.1)}),
     (Wrapper, {"base": WTTM()}),
     (combined, {}),
     (Weighted, {}),
     (Mutual, {}),
     (MovingAverage, {}),
 ]
+# Those that compare maps; the others are tried on text.
+ON_IMAGES = (FitNet, AT, SP, VID, ReviewKD)
 NAMES = [f"{method.__name__}-{i}" for i, (method, _) in enumerate(METHODS)]
 every_method = pytest.mark.parametrize(("method", "arguments"), METHODS, ids=NAMES)
 
+FEATURES = (FitNet, AT, SP, RKD, PKT, VID, CRD, ReviewKD, HiddenStates, AttentionMaps)
 # What is out of range, and what the message says to do.
 REFUSED = [
     (KD, {"alpha": 2.0}, "0 is the labels alone, 1 the teacher alone"),
@@ -85,7 +112,18 @@ REFUSED = [
     (AKD, {"alpha": "learned", "batch_mean": True}, 'use alpha="gap"'),
     (CAM, {"width": 0}, "16 is the default"),
     (CAM, {"label_weight": -1.0}, "label_weight must not be negative, got -1.0: 0 leaves its term out"),
+    (DIST, {"beta": -1.0}, "beta must not be negative, got -1.0: 0 leaves its term out"),
+    (DIST, {"gamma": -1.0}, "gamma must not be negative"),
+    (DIST, {"temperature": 0.0}, "use 1.0 for no softening"),
+    (DKD, {"alpha": -1.0}, "alpha must not be negative"),
+    (DKD, {"beta": -1.0}, "beta must not be negative"),
+    (DKD, {"temperature": -1.0}, "use 1.0 for no softening"),
+    (DKD, {"warm_up": 20}, "it is a share of training, 0 is no warm-up"),
+    (DML, {"weight": -1.0}, "weight must not be negative"),
     (LabelSmoothing, {"epsilon": 1.1}, "it is the probability spread over all classes"),
+    (NKD, {"gamma": -1.0}, "gamma must not be negative"),
+    (NKD, {"weight": -1.0}, "weight must not be negative"),
+    (NKD, {"temperature": 0.0}, "use 1.0 for no softening"),
     (SelfDistillation, {"weight": -1.0}, "weight must not be negative"),
     (SelfDistillation, {"temperature": 0.0}, "use 1.0 for no softening"),
     (SelfDistillation, {"decay": 1.0}, "at 1 the average would never learn"),
@@ -94,17 +132,18 @@ REFUSED = [
     (TfKD, {"alpha": 2.0}, "0 is the labels alone, 1 the teacher alone"),
     (TfKD, {"temperature": 0.0}, "use 1.0 for no softening"),
     (TfKD, {"confidence": 1.0}, r"confidence must lie in \(0, 1\)"),
-    (DIST, {"beta": -1.0}, "beta must not be negative, got -1.0: 0 leaves its term out"),
-    (DIST, {"gamma": -1.0}, "gamma must not be negative"),
-    (DIST, {"temperature": 0.0}, "use 1.0 for no softening"),
-    (DKD, {"alpha": -1.0}, "alpha must not be negative"),
-    (DKD, {"beta": -1.0}, "beta must not be negative"),
-    (DKD, {"temperature": -1.0}, "use 1.0 for no softening"),
-    (DKD, {"warm_up": 20}, "it is a share of training, 0 is no warm-up"),
-    (NKD, {"gamma": -1.0}, "gamma must not be negative"),
-    (NKD, {"weight": -1.0}, "weight must not be negative"),
-    (NKD, {"temperature": 0.0}, "use 1.0 for no softening"),
-    (DML, {"weight": -1.0}, "weight must not be negative"),
+    *((method, {"weight": -1.0}, "weight must not be negative, got -1.0: 0 leaves") for method in FEATURES),
+    (FitNet, {"student_layers": ["layer1", "layer2"], "teacher_layers": "layer1"}, "name as many of each"),
+    (RKD, {"distance_weight": -1.0}, "distance_weight must not be negative"),
+    (RKD, {"angle_weight": -1.0}, "angle_weight must not be negative"),
+    (CRD, {"temperature": 0.0}, "use 1.0 for no softening"),
+    (CRD, {"momentum": 1.0}, "0 keeps nothing of the old embedding"),
+    (CRD, {"negatives": 0}, "must be at least 1, got 128 and 0"),
+    (CRD, {"embedding_size": 0}, "must be at least 1, got 0 and 16384"),
+    (CRD, {"student_layers": ["a", "b"]}, "combine several CRD"),
+    (ReviewKD, {"warm_up": 20}, "it is a share of training"),
+    (HiddenStates, {"loss": "l1"}, r'"mse" \(TinyBERT\) or "cosine" \(DistilBERT\)'),
+    (AttentionMaps, {"loss": "l1"}, r'"mse" \(TinyBERT\) or "kl" \(MiniLM\)'),
 ]
 
 
@@ -114,31 +153,51 @@ def ready(tmp_path):
 
     def make(method, arguments, **more):
         distiller = pickle.loads(pickle.dumps(method(**arguments)))  # the table's own stay as they are
-        needs = distiller.needs_teacher and distiller.make_teacher(tiny("bert")) is None
+        family = "cifar" if isinstance(getattr(distiller, "base", distiller), ON_IMAGES) else "bert"
+        needs = distiller.needs_teacher and distiller.make_teacher(tiny(family)) is None
         trainer = make_trainer(
-            tmp_path, tiny("bert"), tiny_teacher("bert") if needs else None, distiller, rows("bert"), **more
+            tmp_path, tiny(family), tiny_teacher(family) if needs else None, distiller, rows(family), **more
         )
         return distiller, trainer
 
     return make
 
 
-def random_arguments(distiller, seed=0, size=4):
+def random_arguments(distiller, trainer, seed=0, size=4):
     generator = torch.Generator().manual_seed(seed)
     student, teacher = torch.randn(2, size, 5, generator=generator)
     student.requires_grad_()
-    outputs = ModelOutputs(student)
+
+    def features(model, layers):
+        shapes = {name: feature.shape for name, feature in probe(model, trainer.context.sample(), layers).items()}
+        return {name: torch.randn(size, *shape[1:], generator=generator) for name, shape in shapes.items()}
+
+    outputs = ModelOutputs(student, features=features(trainer.model, distiller.student_layers))
     outputs.task_logits = distiller.task_logits(outputs)
     batch = {"labels": torch.randint(0, 5, (size,), generator=generator), "index": torch.arange(size)}
-    return student, (outputs, ModelOutputs(teacher) if distiller.needs_teacher else None, batch)
+    if not distiller.needs_teacher:
+        return student, (outputs, None, batch)
+    other = ModelOutputs(teacher, features=features(trainer.teacher_model, distiller.teacher_layers))
+    return student, (outputs, other, batch)
+
+
+def seeded(distiller, call):
+    """Its terms, with the same random draws every time."""
+    torch.manual_seed(0)
+    return distiller(*call)
+
+
+def rows_of(outputs, some):
+    task_logits = None if outputs.task_logits is None else outputs.task_logits[some]
+    return ModelOutputs(outputs.logits[some], task_logits, {k: v[some] for k, v in outputs.features.items()})
 
 
 @every_method
 def test_terms_are_finite_and_reach_the_student_and_every_parameter(ready, method, arguments):
-    distiller, _ = ready(method, arguments)
+    distiller, trainer = ready(method, arguments)
     for _ in range(2):  # at the first step a last layer of zeros hides those before it
         distiller.zero_grad()
-        student, call = random_arguments(distiller)
+        student, call = random_arguments(distiller, trainer)
         terms = distiller(*call)
         assert terms
         assert all(term.shape in ((), (4,)) and term.isfinite().all() for term in terms.values())
@@ -154,15 +213,15 @@ def test_terms_are_finite_and_reach_the_student_and_every_parameter(ready, metho
 
 @every_method
 def test_terms_per_sample_do_not_depend_on_the_rest_of_the_batch(ready, method, arguments):
-    distiller, _ = ready(method, arguments)
+    distiller, trainer = ready(method, arguments)
     if distiller.batch_coupled:
         pytest.skip("mixes the samples of a batch")
-    _, (student, teacher, batch) = random_arguments(distiller)
+    _, (student, teacher, batch) = random_arguments(distiller, trainer)
     whole = distiller(student, teacher, batch)
     some = torch.tensor([2, 0])
     part = distiller(
-        ModelOutputs(student.logits[some], student.task_logits[some]),
-        teacher and ModelOutputs(teacher.logits[some]),
+        rows_of(student, some),
+        teacher and rows_of(teacher, some),
         {name: column[some] for name, column in batch.items()},
     )
     for name, term in whole.items():
@@ -177,7 +236,8 @@ def test_training_moves_what_should_move_and_nothing_else(ready, method, argumen
     student = weights(trainer.model)
     teacher = None if trainer.teacher_model is None else weights(trainer.teacher_model)
     trainer.train()
-    assert not torch.equal(weights(trainer.model)["0.classifier.weight"], student["0.classifier.weight"])
+    head = f"0.{head_path(trainer.model)}.weight"
+    assert not torch.equal(weights(trainer.model)[head], student[head])
     for name, parameter in distiller.named_parameters():
         assert not torch.equal(parameter, learned[name]), name
     if teacher is not None and not trainer._saves_teacher:
@@ -191,24 +251,24 @@ def test_state_makes_a_round_trip(ready, method, arguments):
     other, _ = ready(method, arguments)
     other.load_state_dict(distiller.state_dict())
     copied = pickle.loads(pickle.dumps(distiller))
-    _, call = random_arguments(distiller)
-    terms = distiller(*call)
+    _, call = random_arguments(distiller, trainer)
+    terms = seeded(distiller, call)
     for twin in (other, copied):
         assert twin.state_dict().keys() == distiller.state_dict().keys()
-        for name, term in twin(*call).items():
+        for name, term in seeded(twin, call).items():
             torch.testing.assert_close(term, terms[name], rtol=0, atol=0)
 
 
 @every_method
 def test_in_a_combination_it_counts_as_alone(ready, method, arguments):
-    distiller, _ = ready(method, arguments)
+    distiller, trainer = ready(method, arguments)
     partner = TTM()
     both = Combined({"method": distiller, "ttm": partner}, {"method": 2.0, "ttm": 0.5}, task_from="method")
-    _, call = random_arguments(distiller)
+    _, call = random_arguments(distiller, trainer)
     if call[1] is None:
         call = call[0], ModelOutputs(torch.randn(4, 5)), call[2]
-    alone, ttm = distiller(*call), partner(*call)["ttm"]
-    terms = both(*call)
+    alone, ttm = seeded(distiller, call), partner(*call)["ttm"]
+    terms = seeded(both, call)
     assert terms.keys() == {*alone, "ttm/ttm"}
     total = 2.0 * sum(term.mean() for term in alone.values()) + 0.5 * ttm.mean()
     torch.testing.assert_close(sum(term.mean() for term in terms.values()), total)

@@ -160,9 +160,7 @@ def test_other_tokens_are_refused():
 
 def test_other_patches_are_refused():
     sizes = {"image_size": 16, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    with pytest.raises(
-        ValueError, match="the student has 5 and the teacher 17: choose models that cut"
-    ):
+    with pytest.raises(ValueError, match="the student has 5 and the teacher 17: choose models that cut"):
         set_up(HiddenStates(), "vit", ViTForImageClassification(ViTConfig(patch_size=4, **sizes)))
 
 
