@@ -31,7 +31,9 @@ from hfkd.models import load_model, student_from_teacher
 class ModelArguments:
     teacher: str | None = field(default=None, metadata={"help": "Hub id or local folder."})
     student: str | None = field(default=None, metadata={"help": "Hub id or local folder; else see student_layers."})
-    student_layers: int = field(default=2, metadata={"help": "Cut the student out of the teacher, with so many layers."})
+    student_layers: int = field(
+        default=2, metadata={"help": "Cut the student out of the teacher, with so many layers."}
+    )
     distiller: str | None = field(default=None, metadata={"help": "A method of hfkd.distillers; kd with a teacher."})
     distiller_kwargs: str = field(default="{}", metadata={"help": "Its arguments, as JSON."})
     train_teacher: bool = field(default=False, metadata={"help": "Fine-tune the teacher on the same labels first."})
@@ -51,7 +53,9 @@ class DataArguments:
         default=0.1, metadata={"help": "Share of train cut off for validation; with 0 also --eval_strategy no."}
     )
     held_out_fraction: float = field(default=0.0, metadata={"help": "Share cut off for methods that need one."})
-    labels: int | None = field(default=None, metadata={"help": "Keep so many labels; the other samples stay, unlabelled."})
+    labels: int | None = field(
+        default=None, metadata={"help": "Keep so many labels; the other samples stay, unlabelled."}
+    )
     drop_unlabelled: bool = field(default=False, metadata={"help": "Train on the labelled samples alone."})
     label_noise: float = field(default=0.0, metadata={"help": "Share of training labels to corrupt."})
     noise_type: str = field(default="symmetric", metadata={"help": "symmetric or pair."})
@@ -100,9 +104,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
         raw.train = raw.train.filter(lambda label: label != -100, input_columns="label")
 
     def load(name, **kwargs):
-        return load_model(
-            name, task="text-classification", trust_remote_code=model_args.trust_remote_code, **kwargs
-        )
+        return load_model(name, task="text-classification", trust_remote_code=model_args.trust_remote_code, **kwargs)
 
     def trainer_for(model, data, tokenizer, args, **kwargs):
         return DistillationTrainer(

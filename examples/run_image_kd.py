@@ -29,7 +29,9 @@ from hfkd.models import load_model
 @dataclass
 class ModelArguments:
     student: str = field(default="resnet20", metadata={"help": "Name in hfkd.models or timm, Hub id or local folder."})
-    teacher: str | None = field(default=None, metadata={"help": "As --student, or a .safetensors file of a CIFAR net."})
+    teacher: str | None = field(
+        default=None, metadata={"help": "As --student, or a .safetensors file of a CIFAR net."}
+    )
     distiller: str | None = field(default=None, metadata={"help": "A method of hfkd.distillers; kd with a teacher."})
     distiller_kwargs: str = field(default="{}", metadata={"help": "Its arguments, as JSON."})
     student_pretrained: bool = field(default=True, metadata={"help": "Start from weights where the student has any."})
@@ -42,12 +44,16 @@ class ModelArguments:
 @dataclass
 class DataArguments:
     dataset: str = field(default="digits", metadata={"help": "cifar10, cifar100, svhn, digits, or a Hub id."})
-    data_dir: str | None = field(default=None, metadata={"help": "Local folder: parquet in the Hub's layout, or images."})
+    data_dir: str | None = field(
+        default=None, metadata={"help": "Local folder: parquet in the Hub's layout, or images."}
+    )
     validation_fraction: float = field(
         default=0.1, metadata={"help": "Share of train cut off for validation; with 0 also --eval_strategy no."}
     )
     held_out_fraction: float = field(default=0.0, metadata={"help": "Share cut off for methods that need one."})
-    labels: int | None = field(default=None, metadata={"help": "Keep so many labels; the other samples stay, unlabelled."})
+    labels: int | None = field(
+        default=None, metadata={"help": "Keep so many labels; the other samples stay, unlabelled."}
+    )
     drop_unlabelled: bool = field(default=False, metadata={"help": "Train on the labelled samples alone."})
     label_noise: float = field(default=0.0, metadata={"help": "Share of training labels to corrupt."})
     noise_type: str = field(default="symmetric", metadata={"help": "symmetric or pair."})

@@ -19,17 +19,33 @@ from hfkd.distillers.base import Distiller
 if TYPE_CHECKING:
     from hfkd.trainer import DistillationTrainer
 
-_SETTINGS = ("learning_rate", "optim", "optim_args", "lr_scheduler_type", "weight_decay", "num_train_epochs", "max_steps",
-             "per_device_train_batch_size", "gradient_accumulation_steps", "label_smoothing_factor", "bf16", "fp16", "seed",
-             "data_seed")  # fmt: skip
+_SETTINGS = (
+    "learning_rate",
+    "optim",
+    "optim_args",
+    "lr_scheduler_type",
+    "weight_decay",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "label_smoothing_factor",
+    "bf16",
+    "fp16",
+    "seed",
+    "data_seed",
+)
 
 
 def describe(distiller: Distiller) -> str:
     """A distiller as the call that makes it: ``KD(alpha=0.9, temperature=4.0)``."""
     names = [name for name in inspect.signature(type(distiller).__init__).parameters if name != "self"]
     values = {name: getattr(distiller, name) for name in names if hasattr(distiller, name)}
-    shown = (f"{k}={describe(v) if isinstance(v, Distiller) else repr(v)}" for k, v in values.items()
-             if isinstance(v, (bool, int, float, str, tuple, Distiller, type(None))))  # fmt: skip
+    shown = (
+        f"{k}={describe(v) if isinstance(v, Distiller) else repr(v)}"
+        for k, v in values.items()
+        if isinstance(v, (bool, int, float, str, tuple, Distiller, type(None)))
+    )
     return f"{type(distiller).__name__}({', '.join(shown)})"
 
 
@@ -74,7 +90,9 @@ def write_model_card(
     model_name = model_name or folder.resolve().name
     scores: dict[str, float] = {}
     for entry in trainer.state.log_history:
-        scores.update({name: value for name, value in entry.items() if name.startswith(("eval_", "test_", "teacher_"))})
+        scores.update(
+            {name: value for name, value in entry.items() if name.startswith(("eval_", "test_", "teacher_"))}
+        )
     skipped = ("_runtime", "_per_second", "_time")
     scores = {name: value for name, value in scores.items() if not name.endswith(skipped)}
     split = "test" if any(name.startswith("test_") for name in scores) else "eval"

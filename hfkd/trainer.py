@@ -9,7 +9,6 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, Subset
 from tqdm.auto import tqdm
