@@ -425,7 +425,8 @@ class DistillationTrainer(Trainer):
         if not known.any():
             return {}
         if self.compute_metrics is not None:
-            return self.compute_metrics(EvalPrediction(predictions, labels))
+            whole = {"compute_result": True} if self.args.batch_eval_metrics else {}
+            return self.compute_metrics(EvalPrediction(predictions, labels), **whole)
         if self.problem_type == "regression":
             return {"mse": float(((predictions.squeeze(-1) - labels)[known] ** 2).mean())}
         return {"accuracy": float((predictions.argmax(-1) == labels)[known].mean())}

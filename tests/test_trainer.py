@@ -103,10 +103,8 @@ def test_a_second_train_goes_on_where_the_first_ended(tmp_path):
     twice.train()
     first = trainer(tiny("vit"), Weighted())
     first.train()
-    second = trainer(first.model, first.distiller.base)
-    second_distiller = Weighted()
-    second = trainer(first.model, second_distiller)
-    second_distiller.load_state_dict(first.distiller.state_dict())
+    second = trainer(first.model, Weighted())
+    second.distiller.load_state_dict(first.distiller.state_dict())
     second.train()
     assert_identical(weights(twice.model, twice.distiller), weights(second.model, second.distiller))
     for name in ("loss", "task", "kd"):
@@ -532,6 +530,21 @@ def test_the_teacher_is_scored_as_the_student_is(tmp_path):
     trainer.train()
     assert logged(trainer, "teacher_agreement") == [pytest.approx(right.mean().item())]
     assert "eval_agreement" in trainer.evaluate()
+
+
+def test_the_teacher_is_scored_by_metrics_that_are_computed_in_batches_too(tmp_path):
+    def metrics(prediction, compute_result):
+        seen.append(len(prediction.label_ids))
+        return {"n": sum(seen)} if compute_result else {}
+
+    seen, dataset = [], rows("bert", 12)
+    more = {"eval_dataset": dataset, "compute_metrics": metrics}
+    trainer = make_trainer(
+        tmp_path, tiny("bert"), tiny_teacher("bert"), KD(), dataset, batch_eval_metrics=True, trainer=more
+    )
+    assert trainer.evaluate_teacher() == {"n": 12}
+    assert trainer.evaluate()["eval_n"] == 24
+    assert seen == [12, 8, 4]
 
 
 def test_a_teacher_of_numbers_is_scored_by_its_squared_error(tmp_path):
