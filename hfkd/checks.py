@@ -90,11 +90,17 @@ def check_columns(dataset: Dataset | None, distiller: Distiller) -> None:
     columns = columns if isinstance(columns, list) else list(dataset[0])
     if missing := [column for column in distiller.batch_columns if column not in columns]:
         remedy = 'add it with dataset.add_column("index", list(range(len(dataset))))' if "index" in missing else ""
-        raise ValueError(f"the training set has no column {', '.join(missing)}, which {name} needs: {remedy or 'add it'}")
+        raise ValueError(
+            f"the training set has no column {', '.join(missing)}, which {name} needs: {remedy or 'add it'}"
+        )
 
 
 def check_teacher(teacher: nn.Module, student: nn.Module, distiller: Distiller) -> list[int] | None:
-    """Refuse a teacher of other classes or with a fresh head; return the order that maps its classes to the student's."""
+    """Refuse a teacher of other classes or with a fresh head.
+
+    Returns:
+        For each of the student's classes the teacher's index of it; None where the orders agree.
+    """
     if teacher is student:
         raise ValueError("teacher and student are the same object: pass copy.deepcopy(student) as the teacher")
     if not hasattr(teacher, "config"):

@@ -63,7 +63,7 @@ class Teacher:
 
 
 def named_labels(config) -> list[str] | None:
-    """The class names of a configuration, None where they are the placeholders LABEL_0, LABEL_1, …"""
+    """The class names of a configuration, None where they are placeholders such as LABEL_0."""
     names = [str(config.id2label[i]) for i in range(config.num_labels)]
     return None if all(re.fullmatch(r"LABEL_\d+", name) for name in names) else names
 

@@ -49,9 +49,7 @@ class _DistillationModule(nn.Module):
         # Every process writes a distiller's buffers alike; DDP would overwrite them from process 0 at each forward.
         self._ddp_params_and_buffers_to_ignore = [f"distiller.{name}" for name, _ in distiller.named_buffers()]
 
-    def forward(
-        self, batch: Mapping[str, Tensor], teacher: ModelOutputs | None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: Mapping[str, Tensor], teacher: ModelOutputs | None) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss, a scalar, and its named terms reduced over the batch, without gradient."""
         student = in_float32(run_model(self.student, batch, layers=self.distiller.student_layers))
         live_teacher = None
@@ -162,8 +160,9 @@ class DistillationTrainer(Trainer):
         args = args if args is not None else DistillationTrainingArguments("tmp_trainer")
         if args.n_gpu > 1:
             raise ValueError(
-                f"{args.n_gpu} GPUs are visible to one process, which transformers would run as nn.DataParallel, whose "
-                "replicas lose buffer writes: start with `accelerate launch` or torchrun, or set CUDA_VISIBLE_DEVICES=0"
+                f"{args.n_gpu} GPUs are visible to one process, which transformers would run as nn.DataParallel, "
+                "whose replicas lose buffer writes: start with `accelerate launch` or torchrun, or set "
+                "CUDA_VISIBLE_DEVICES=0"
             )
         if teacher_model is not None and not distiller.needs_teacher:
             raise ValueError(f"{type(distiller).__name__} uses no teacher: leave out teacher_model, or choose KD()")
@@ -185,79 +184,93 @@ class DistillationTrainer(Trainer):
         check_processes(self.args, self.accelerator)
 
         self.held_out_dataset = held_out_dataset
-        self.problem_type = problem_type_of(model)
-        if self.problem_type not in distiller.problem_types:
-            raise ValueError(
-                f"{type(distiller).__name__} is not defined for {self.problem_type} problems "
-                f"(only {', '.join(distiller.problem_types)}): use KD(), which is"
-            )
-        labels = dataset_labels(train_dataset)
-        soft_labels = getattr(train_dataset, "soft_labels", False) or (labels is not None and labels.ndim > 1)
-        if distiller.needs_hard_labels and soft_labels:
-            raise ValueError(f"{type(distiller).__name__} needs class indices as labels: turn Mixup and CutMix off")
-        for which, dataset in [("train", train_dataset), *self._eval_datasets().items()]:
-            check_labels(dataset, which, model.config, self.problem_type)
-        check_columns(train_dataset, distiller)
-
-        self.label_scale = 1.0
-        if labels is not None and (labelled := int((labels != IGNORE_INDEX).sum())):
-            self.label_scale = labels.size / labelled
-        elif labels is not None and isinstance(distiller, StudentAlone):
-            raise ValueError("no training sample has a label (all are -100): the student alone has nothing to learn")
-        hard_label_loss = HardLabelLoss(self.problem_type, self.args.label_smoothing_factor, self.label_scale)
-        for part in distiller.modules():
-            if isinstance(part, Distiller):
-                part.hard_label_loss = hard_label_loss
-
         self.distiller = distiller
         self.context = DistillationContext(self)
-        made = distiller.make_teacher(model)
-        if made is not None and teacher_model is not None:
-            raise ValueError(f"{type(distiller).__name__} brings its own teacher: leave out teacher_model")
-        if made is None and teacher_model is None and distiller.needs_teacher:
-            raise ValueError(f"{type(distiller).__name__} needs a teacher: pass teacher_model=")
-        if distiller.trains_teacher or made is not None:
-            self._saves_teacher = True
-        else:
-            self._saves_teacher = False
-        self.teacher_model = made if made is not None else teacher_model
-        self.teacher = None
-        if self.teacher_model is not None:
-            label_order = None if made is not None else check_teacher(self.teacher_model, model, distiller)
-            for path in distiller.teacher_layers:
-                find_module(base_model(self.teacher_model), path.partition(":")[0])
-            if distiller.trains_teacher:
-                if label_order is not None:
-                    raise ValueError("a teacher that is trained must have the student's classes in the same order")
-                self.teacher_model.to(self.args.device)
-            else:
-                dtype = getattr(self.args, "teacher_dtype", None)
-                self.teacher = Teacher(
-                    self.teacher_model,
-                    layers=distiller.teacher_layers,
-                    label_order=label_order,
-                    dtype=getattr(torch, dtype) if dtype else None,
-                    device=self.args.device,
-                )
-            use_channels_last(self.teacher_model)
-        for path in distiller.student_layers:
-            find_module(base_model(model), path.partition(":")[0])
-        use_channels_last(model)
-
-        with torch.random.fork_rng():
-            torch.manual_seed(self.args.seed)
-            distiller.setup(self.context)
-        distiller.to(self.args.device)
-        self._module = _DistillationModule(model, distiller, self.teacher_model if distiller.trains_teacher else None)
-        if any(True for _ in distiller.parameters()) and self.optimizer is not None and self.lr_scheduler is not None:
-            raise ValueError(
-                f"{type(distiller).__name__} has parameters of its own, which the given scheduler does not know: "
-                "pass optimizers=(optimizer, None), or neither"
-            )
+        self.problem_type = problem_type_of(model)
+        self._set_up_labels()
+        self._set_up_teacher(teacher_model)
+        self._set_up_distiller()
         self._term_sums: dict[str, Tensor] = {}
         self._term_count = 0
         self._evaluated = torch.zeros(2, device=self.args.device)  # sum of losses, number of labelled samples
         self.add_callback(_Hooks(self))
+
+    # Setting up
+
+    def _set_up_labels(self) -> None:
+        """Check labels and columns against student and distiller; settle what the hard-label loss is."""
+        method = type(self.distiller).__name__
+        if self.problem_type not in self.distiller.problem_types:
+            raise ValueError(
+                f"{method} is not defined for {self.problem_type} problems "
+                f"(only {', '.join(self.distiller.problem_types)}): use KD(), which is"
+            )
+        for which, dataset in [("train", self.train_dataset), *self._eval_datasets().items()]:
+            check_labels(dataset, which, self.model.config, self.problem_type)
+        check_columns(self.train_dataset, self.distiller)
+
+        labels = dataset_labels(self.train_dataset)
+        soft_labels = getattr(self.train_dataset, "soft_labels", False) or (labels is not None and labels.ndim > 1)
+        if self.distiller.needs_hard_labels and soft_labels:
+            raise ValueError(f"{method} needs class indices as labels: turn Mixup and CutMix off")
+        self.label_scale = 1.0
+        if labels is not None and (labelled := int((labels != IGNORE_INDEX).sum())):
+            self.label_scale = labels.size / labelled
+        elif labels is not None and isinstance(self.distiller, StudentAlone):
+            raise ValueError("no training sample has a label (all are -100): the student alone has nothing to learn")
+        hard_label_loss = HardLabelLoss(self.problem_type, self.args.label_smoothing_factor, self.label_scale)
+        for part in self.distiller.modules():
+            if isinstance(part, Distiller):
+                part.hard_label_loss = hard_label_loss
+
+    def _set_up_teacher(self, teacher_model: nn.Module | None) -> None:
+        """Settle who teaches: the given model, one that the method makes, or nobody."""
+        distiller, method = self.distiller, type(self.distiller).__name__
+        made = distiller.make_teacher(self.model)
+        if made is not None and teacher_model is not None:
+            raise ValueError(f"{method} brings its own teacher: leave out teacher_model")
+        self.teacher_model = made if made is not None else teacher_model
+        self.teacher = None
+        self._saves_teacher = made is not None or distiller.trains_teacher
+        if self.teacher_model is None:
+            if distiller.needs_teacher:
+                raise ValueError(f"{method} needs a teacher: pass teacher_model=")
+            return
+        label_order = None if made is not None else check_teacher(self.teacher_model, self.model, distiller)
+        for path in distiller.teacher_layers:
+            find_module(base_model(self.teacher_model), path.partition(":")[0])
+        use_channels_last(self.teacher_model)
+        if distiller.trains_teacher:
+            if label_order is not None:
+                raise ValueError("a teacher that is trained must have the student's classes in the same order")
+            self.teacher_model.to(self.args.device)
+            return
+        dtype = getattr(self.args, "teacher_dtype", None)
+        self.teacher = Teacher(
+            self.teacher_model,
+            layers=distiller.teacher_layers,
+            label_order=label_order,
+            dtype=getattr(torch, dtype) if dtype else None,
+            device=self.args.device,
+        )
+
+    def _set_up_distiller(self) -> None:
+        """Allocate the method's own parameters and put all that trains into one module."""
+        for path in self.distiller.student_layers:
+            find_module(base_model(self.model), path.partition(":")[0])
+        use_channels_last(self.model)
+        with torch.random.fork_rng():
+            torch.manual_seed(self.args.seed)
+            self.distiller.setup(self.context)
+        self.distiller.to(self.args.device)
+        trained_teacher = self.teacher_model if self.distiller.trains_teacher else None
+        self._module = _DistillationModule(self.model, self.distiller, trained_teacher)
+        has_parameters = next(self.distiller.parameters(), None) is not None
+        if has_parameters and self.optimizer is not None and self.lr_scheduler is not None:
+            raise ValueError(
+                f"{type(self.distiller).__name__} has parameters of its own, which the given scheduler does not know: "
+                "pass optimizers=(optimizer, None), or neither"
+            )
 
     def _eval_datasets(self) -> dict[str, Dataset]:
         if self.eval_dataset is None:

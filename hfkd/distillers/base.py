@@ -108,7 +108,7 @@ class Distiller(nn.Module):
     hard_label_loss = HardLabelLoss()
 
     def make_teacher(self, student: nn.Module) -> nn.Module | None:
-        """Return a teacher for a method that needs no outside one (a copy, an average, a peer), else None."""
+        """Return a teacher (a PreTrainedModel) for a method that brings its own: a copy, an average, a peer."""
         return None
 
     def setup(self, context: DistillationContext) -> None:
@@ -141,7 +141,7 @@ class Distiller(nn.Module):
         """Called once before the first step, after a checkpoint is loaded: fill what it has not filled."""
 
     def on_epoch_begin(self, context: DistillationContext) -> None:
-        """Called at each epoch's start, and again when a run resumes within an epoch: remember the epoch in a buffer."""
+        """Called at each epoch's start, and again when a run resumes within one: remember the epoch in a buffer."""
 
     def on_step_end(self, context: DistillationContext) -> None:
         """Called after each optimizer step."""
@@ -175,7 +175,9 @@ class Wrapper(Distiller):
     def __init__(self, base: Distiller):
         super().__init__()
         if not isinstance(base, Distiller):
-            raise TypeError(f"{type(self).__name__} wraps a Distiller, got {type(base).__name__}: pass KD() or another")
+            raise TypeError(
+                f"{type(self).__name__} wraps a Distiller, got {type(base).__name__}: pass KD() or another"
+            )
         self.base = base
         for flag in ("student_layers", "teacher_layers", "batch_columns"):
             setattr(self, flag, tuple(dict.fromkeys((*getattr(type(self), flag), *getattr(base, flag)))))
