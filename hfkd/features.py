@@ -96,7 +96,11 @@ def capture(model: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, Tensor
             path, _, side = key.partition(":")
             module = find_module(base_model(model), path)
             if side == "input":
-                handles.append(module.register_forward_pre_hook(lambda _, args, key=key: keep(key, args)))
+                handles.append(
+                    module.register_forward_pre_hook(
+                        lambda _, args, kwargs, key=key: keep(key, args or tuple(kwargs.values())), with_kwargs=True
+                    )
+                )
             else:
                 handles.append(module.register_forward_hook(lambda _, args, output, key=key: keep(key, output)))
         yield features

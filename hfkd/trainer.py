@@ -7,12 +7,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import datasets
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, Subset
 from tqdm.auto import tqdm
 from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer import TRAINING_ARGS_NAME
 
 from hfkd.checks import (
     check_columns,
@@ -47,7 +49,11 @@ class _DistillationModule(nn.Module):
         super().__init__()
         self.student, self.distiller, self.teacher = student, distiller, teacher
         # Every process writes a distiller's buffers alike; DDP would overwrite them from process 0 at each forward.
-        self._ddp_params_and_buffers_to_ignore = [f"distiller.{name}" for name, _ in distiller.named_buffers()]
+        # Not so the running statistics of a projector's BatchNorm, which differ between processes.
+        statistics = ("running_mean", "running_var", "num_batches_tracked")
+        self._ddp_params_and_buffers_to_ignore = [
+            f"distiller.{name}" for name, _ in distiller.named_buffers() if not name.endswith(statistics)
+        ]
 
     def forward(self, batch: Mapping[str, Tensor], teacher: ModelOutputs | None) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss, a scalar, and its named terms reduced over the batch, without gradient."""
@@ -76,6 +82,16 @@ class _DistillationModule(nn.Module):
             return self.distiller.task_logits(student)
 
 
+class _Collator:
+    """Lets the finished batches of data sets with ``__getitems__`` pass, and collates samples."""
+
+    def __init__(self, of_batch: Callable, of_samples: Callable):
+        self.of_batch, self.of_samples = of_batch, of_samples
+
+    def __call__(self, features):
+        return (self.of_batch if isinstance(features, Mapping) else self.of_samples)(features)
+
+
 class _Hooks(TrainerCallback):
     """Hands the trainer's events to the distiller."""
 
@@ -89,9 +105,11 @@ class _Hooks(TrainerCallback):
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         # Accelerate's sharded loader sets the epoch of a seedable sampler and then leaves the dataset out.
-        set_epoch = getattr(self.trainer.train_dataset, "set_epoch", None)
-        if set_epoch is not None:
-            set_epoch(self.trainer.context.epoch)
+        dataset = self.trainer.train_dataset
+        while isinstance(dataset, Subset):
+            dataset = dataset.dataset
+        if hasattr(dataset, "set_epoch"):
+            dataset.set_epoch(self.trainer.context.epoch)
         self.trainer.distiller.on_epoch_begin(self.trainer.context)
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -205,7 +223,8 @@ class DistillationTrainer(Trainer):
                 f"{method} is not defined for {self.problem_type} problems "
                 f"(only {', '.join(self.distiller.problem_types)}): use KD(), which is"
             )
-        for which, dataset in [("train", self.train_dataset), *self._eval_datasets().items()]:
+        others = {**self._eval_datasets(), "held-out": self.held_out_dataset}
+        for which, dataset in [("train", self.train_dataset), *others.items()]:
             check_labels(dataset, which, self.model.config, self.problem_type)
         check_columns(self.train_dataset, self.distiller)
 
@@ -213,11 +232,13 @@ class DistillationTrainer(Trainer):
         soft_labels = getattr(self.train_dataset, "soft_labels", False) or (labels is not None and labels.ndim > 1)
         if self.distiller.needs_hard_labels and soft_labels:
             raise ValueError(f"{method} needs class indices as labels: turn Mixup and CutMix off")
-        self.label_scale = 1.0
-        if labels is not None and (labelled := int((labels != IGNORE_INDEX).sum())):
-            self.label_scale = labels.size / labelled
-        elif labels is not None and isinstance(self.distiller, StudentAlone):
-            raise ValueError("no training sample has a label (all are -100): the student alone has nothing to learn")
+        labelled = 0 if labels is None else int((labels != IGNORE_INDEX).sum())
+        self._is_labelled = labelled > 0
+        self.label_scale = labels.size / labelled if labelled else 1.0
+        columns = self.train_dataset.column_names if isinstance(self.train_dataset, datasets.Dataset) else None
+        has_no_labels = labels is not None or (columns is not None and not {*columns} & {*self.label_names})
+        if isinstance(self.distiller, StudentAlone) and not labelled and has_no_labels:
+            raise ValueError("no training sample has a label: the student alone has nothing to learn, pass a teacher")
         hard_label_loss = HardLabelLoss(self.problem_type, self.args.label_smoothing_factor, self.label_scale)
         for part in self.distiller.modules():
             if isinstance(part, Distiller):
@@ -298,7 +319,10 @@ class DistillationTrainer(Trainer):
                 model = nn.ModuleDict({"student": self.model, "teacher": self._module.teacher})
         optimizer = super().create_optimizer(model)
         known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        for group in self._distiller_groups():
+        groups = self._distiller_groups()
+        if self._module.teacher is not None:  # unknown only to an optimizer that the user made
+            groups.append({"params": [p for p in self._module.teacher.parameters() if p.requires_grad]})
+        for group in groups:
             group["params"] = [parameter for parameter in group["params"] if id(parameter) not in known]
             if group["params"]:
                 optimizer.add_param_group(group)
@@ -331,8 +355,7 @@ class DistillationTrainer(Trainer):
 
     def _get_collator_with_removed_columns(self, data_collator, description=None):
         by_sample = super()._get_collator_with_removed_columns(data_collator, description)
-        # Datasets with `__getitems__` hand over finished batches.
-        return lambda features: (data_collator if isinstance(features, Mapping) else by_sample)(features)
+        return _Collator(data_collator, by_sample)
 
     # Steps
 
@@ -345,15 +368,24 @@ class DistillationTrainer(Trainer):
         self._term_count += 1
         return (loss, terms) if return_outputs else loss
 
-    def _with_labels(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _with_labels(self, inputs: Mapping[str, Tensor], *, fill: bool = True) -> dict[str, Tensor]:
+        """The batch with its labels under that name; unlabelled data gets -100 where ``fill``."""
         batch = dict(inputs)
-        if "labels" not in batch:
+        for name in (*self.label_names, "label", "label_ids"):
+            if "labels" not in batch and name in batch:
+                batch["labels"] = batch[name]
+        if "labels" not in batch and fill:
+            if self._is_labelled or isinstance(self.distiller, StudentAlone):
+                raise ValueError(
+                    f"the batch has no labels, only {', '.join(batch)}: name their column in label_names=, and let "
+                    "the data collator keep it (hfkd.data.DistillationCollator does)"
+                )
             first = next(value for value in batch.values() if isinstance(value, Tensor))
             batch["labels"] = torch.full((len(first),), IGNORE_INDEX, device=first.device)
         return batch
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        batch = self._prepare_inputs(inputs)
+        batch = self._with_labels(self._prepare_inputs(inputs), fill=False)
         labels = batch.get("labels")
         module = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -363,7 +395,8 @@ class DistillationTrainer(Trainer):
             if self.problem_type == "single_label" and not labels.is_floating_point():
                 labels = labels.masked_fill(labels == -1, IGNORE_INDEX)  # the hidden labels of a benchmark's test set
             per_sample = HardLabelLoss(self.problem_type)(logits, labels)
-            labelled = labels != IGNORE_INDEX if labels.ndim == 1 else torch.ones_like(per_sample, dtype=torch.bool)
+            soft = self.problem_type == "single_label" and labels.ndim > 1
+            labelled = torch.ones_like(per_sample, dtype=torch.bool) if soft else labels.flatten() != IGNORE_INDEX
             loss = per_sample.sum() / labelled.sum()
             per_sample, labelled = self.accelerator.gather_for_metrics((per_sample, labelled))
             self._evaluated += torch.stack([per_sample.sum(), labelled.sum()])
@@ -421,14 +454,19 @@ class DistillationTrainer(Trainer):
         if max_samples is not None and not is_stream and len(dataset) > max_samples:
             chosen = torch.linspace(0, len(dataset) - 1, max_samples).long().tolist()
             dataset = dataset.select(chosen) if hasattr(dataset, "select") else Subset(dataset, chosen)
+        # Metrics that want inputs, or tensors batch by batch, are the student's own affair.
+        special = self.args.batch_eval_metrics or self.args.include_for_metrics
+        has_metrics = self.compute_metrics is not None and not special
         predictions, labels = [], []
         with torch.random.fork_rng(), self.compute_loss_context_manager():
             loader = self.get_test_dataloader(dataset)
             hidden = self.args.disable_tqdm or not self.is_world_process_zero()
             for batch in tqdm(loader, desc="Teacher", disable=hidden, leave=False):
-                batch = self._with_labels(self._prepare_inputs(batch))
+                batch = self._with_labels(self._prepare_inputs(batch), fill=False)
+                if "labels" not in batch:
+                    return {}
                 logits = in_float32(self.teacher(batch)).logits
-                if self.compute_metrics is not None and self.preprocess_logits_for_metrics is not None:
+                if has_metrics and self.preprocess_logits_for_metrics is not None:
                     logits = self.preprocess_logits_for_metrics(logits, batch["labels"])
                 logits, batch_labels = self.accelerator.gather_for_metrics((logits, batch["labels"]))
                 predictions.append(logits.cpu())
@@ -437,14 +475,18 @@ class DistillationTrainer(Trainer):
         known = labels >= 0 if self.problem_type == "single_label" else labels != IGNORE_INDEX
         if not known.any():
             return {}
-        if self.compute_metrics is not None:
-            whole = {"compute_result": True} if self.args.batch_eval_metrics else {}
-            return self.compute_metrics(EvalPrediction(predictions, labels), **whole)
+        if has_metrics:
+            return self.compute_metrics(EvalPrediction(predictions, labels))
         if self.problem_type == "regression":
             return {"mse": float(((predictions.squeeze(-1) - labels)[known] ** 2).mean())}
         return {"accuracy": float((predictions.argmax(-1) == labels)[known].mean())}
 
     # Saving and resuming
+
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        # A pickle that nothing reads, with the Hub token and local paths in it.
+        Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
     def _save_optimizer_and_scheduler(self, output_dir):
         super()._save_optimizer_and_scheduler(output_dir)

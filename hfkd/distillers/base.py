@@ -65,10 +65,10 @@ class HardLabelLoss:
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
         if self.problem_type == "regression":
-            squared = (logits.squeeze(-1) - labels.to(logits.dtype)).square()
-            per_sample = squared.masked_fill(labels == IGNORE_INDEX, 0.0)
+            labels = labels.reshape(len(logits)).to(logits.dtype)
+            per_sample = (logits.squeeze(-1) - labels).square().masked_fill(labels == IGNORE_INDEX, 0.0)
         else:
-            target = labels.to(logits.dtype) if labels.is_floating_point() else labels
+            target = labels.long() if labels.ndim == 1 else labels.to(logits.dtype)
             per_sample = F.cross_entropy(logits, target, reduction="none", label_smoothing=self.label_smoothing)
         return self.scale * per_sample
 

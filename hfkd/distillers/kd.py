@@ -36,7 +36,7 @@ def kd_loss(
     >>> kd_loss(z, z).item()
     0.0
     """
-    if not temperature > 0:
+    if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature must be positive, got {temperature}: use 1.0 for no softening")
     student = F.log_softmax(student_logits / temperature, dim=-1)
     teacher = F.log_softmax(teacher_logits / temperature, dim=-1)
@@ -63,7 +63,7 @@ class KD(Distiller):
         super().__init__()
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha must lie in [0, 1], got {alpha}: 0 is the labels alone, 1 the teacher alone")
-        if not temperature > 0:
+        if not 0 < temperature < float("inf"):
             raise ValueError(f"temperature must be positive, got {temperature}: use 1.0 for no softening")
         self.alpha, self.temperature = alpha, temperature
 
