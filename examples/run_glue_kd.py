@@ -16,6 +16,7 @@ import copy
 import json
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from transformers import AutoTokenizer, set_seed
 
@@ -31,7 +32,9 @@ from hfkd.models import load_model, student_from_teacher
 class ModelArguments:
     teacher: str | None = field(default=None, metadata={"help": "Hub id or local folder."})
     student: str | None = field(default=None, metadata={"help": "Hub id or local folder; else see student_layers."})
-    student_layers: int = field(default=2, metadata={"help": "Cut the student out of the teacher, with so many layers."})
+    student_layers: int = field(
+        default=2, metadata={"help": "Cut the student out of the teacher, with so many layers."}
+    )
     distiller: str | None = field(default=None, metadata={"help": "A method of hfkd.distillers; kd with a teacher."})
     distiller_kwargs: str = field(default="{}", metadata={"help": "Its arguments, as JSON."})
     train_teacher: bool = field(default=False, metadata={"help": "Fine-tune the teacher on the same labels first."})
@@ -42,7 +45,7 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    task: str = field(default="mrpc", metadata={"help": "A GLUE task, or a Hub id."})
+    task: str | None = field(default=None, metadata={"help": "A GLUE task, a Hub id, or a name for your own files."})
     data_dir: str | None = field(default=None, metadata={"help": "Local folder of parquet files in the Hub's layout."})
     train_file: str | None = field(default=None, metadata={"help": "Your own CSV or JSON file."})
     validation_file: str | None = field(default=None, metadata={"help": "Likewise; else cut off from train."})
@@ -51,7 +54,9 @@ class DataArguments:
         default=0.1, metadata={"help": "Share of train cut off for validation; with 0 also --eval_strategy no."}
     )
     held_out_fraction: float = field(default=0.0, metadata={"help": "Share cut off for methods that need one."})
-    labels: int | None = field(default=None, metadata={"help": "Keep so many labels; the other samples stay, unlabelled."})
+    labels: int | None = field(
+        default=None, metadata={"help": "Keep so many labels; the other samples stay, unlabelled."}
+    )
     drop_unlabelled: bool = field(default=False, metadata={"help": "Train on the labelled samples alone."})
     label_noise: float = field(default=0.0, metadata={"help": "Share of training labels to corrupt."})
     noise_type: str = field(default="symmetric", metadata={"help": "symmetric or pair."})
@@ -81,8 +86,10 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
     distiller = None
     if model_args.distiller is not None:
         distiller = make_distiller(model_args.distiller, **json.loads(model_args.distiller_kwargs))
+    if data_args.task is None and data_args.train_file is None:
+        raise ValueError("name a --task, or your own data with --train_file")
     raw = load_text_data(
-        data_args.task,
+        data_args.task or Path(data_args.train_file).stem,
         data_dir=data_args.data_dir,
         train_file=data_args.train_file,
         validation_file=data_args.validation_file,
@@ -100,9 +107,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
         raw.train = raw.train.filter(lambda label: label != -100, input_columns="label")
 
     def load(name, **kwargs):
-        return load_model(
-            name, task="text-classification", trust_remote_code=model_args.trust_remote_code, **kwargs
-        )
+        return load_model(name, task="text-classification", trust_remote_code=model_args.trust_remote_code, **kwargs)
 
     def trainer_for(model, data, tokenizer, args, **kwargs):
         return DistillationTrainer(
@@ -116,32 +121,40 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
             **kwargs,
         )
 
-    classes = {"label_names": raw.label_names, "num_labels": raw.num_labels}
-    teacher = teacher_tokenizer = None
-    if model_args.teacher is not None:
+    teacher, teacher_tokenizer = None, None
+    teacher_name, train_teacher = model_args.teacher, model_args.train_teacher
+    teacher_folder = (
+        os.path.normpath(args.output_dir) + "-teacher"
+    )  # beside the student: a push sends its whole folder
+    if train_teacher and args.resume_from_checkpoint:
+        teacher_name, train_teacher = teacher_folder, False
+    if teacher_name is not None:
         set_seed(args.seed)
-        teacher_tokenizer = AutoTokenizer.from_pretrained(model_args.teacher)
-        if model_args.train_teacher:
-            teacher = load(model_args.teacher, **classes)
+        teacher_tokenizer = AutoTokenizer.from_pretrained(teacher_name)
+        if train_teacher:
+            teacher = load(teacher_name, label_names=raw.label_names, num_labels=raw.num_labels)
             teacher_args = copy.copy(args)
-            teacher_args.output_dir = os.path.join(args.output_dir, "teacher")
-            teacher_args.num_train_epochs = model_args.teacher_epochs or args.num_train_epochs
+            teacher_args.output_dir = teacher_folder
+            if model_args.teacher_epochs is not None:
+                teacher_args.num_train_epochs, teacher_args.max_steps = model_args.teacher_epochs, -1
             teacher_args.learning_rate = model_args.teacher_learning_rate or args.learning_rate
-            teacher_args.push_to_hub, teacher_args.resume_from_checkpoint = False, None
+            teacher_args.push_to_hub = False
             data = tokenize(raw, teacher_tokenizer, max_length=data_args.max_length)
             teacher_trainer = trainer_for(teacher, data, teacher_tokenizer, teacher_args)
             teacher_trainer.train()
             teacher_trainer.save_model()
         else:
-            teacher = load(model_args.teacher, refuse_new_head=True)
+            teacher = load(teacher_name, refuse_new_head=True)
+        if raw.label_names is None and not raw.is_regression:
+            raw.label_names = [teacher.config.id2label[i] for i in range(teacher.config.num_labels)]
 
     set_seed(args.seed)
     if model_args.student is not None:
         tokenizer = AutoTokenizer.from_pretrained(model_args.student)
-        student = load(model_args.student, **classes)
+        student = load(model_args.student, label_names=raw.label_names, num_labels=raw.num_labels)
     else:
         tokenizer = teacher_tokenizer
-        student = student_from_teacher(teacher, num_layers=model_args.student_layers)
+        student = student_from_teacher(teacher, num_layers=model_args.student_layers, label_names=raw.label_names)
 
     data = tokenize(raw, tokenizer, teacher_tokenizer=teacher_tokenizer, max_length=data_args.max_length)
     if distiller is not None and not distiller.needs_teacher:
@@ -168,17 +181,17 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
         results.update(trainer.evaluate(dataset, metric_key_prefix=split))
         if teacher is not None:
             results.update({f"teacher_{split}_{k}": v for k, v in trainer.evaluate_teacher(dataset).items()})
-    if args.do_predict:
-        for split, dataset in unlabelled.items():
-            predictions = trainer.predict(dataset).predictions
-            task = {"ax": "ax", "official_test_mnli-mm": "mnli-mm"}.get(split, raw.task)
-            write_predictions(args.output_dir, task, predictions, raw.label_names)
-
     trainer.save_model()
     trainer.save_state()
     trainer.log_metrics("all", results)
     trainer.save_metrics("all", results)
     trainer.create_model_card(dataset=data.task, tasks="text-classification")
+    if args.do_predict:
+        for split, dataset in unlabelled.items():
+            predictions = trainer.predict(dataset).predictions
+            task = {"ax": "ax", "official_test_mnli-mm": "mnli-mm"}.get(split, raw.task)
+            if trainer.is_world_process_zero():
+                write_predictions(args.output_dir, task, predictions, raw.label_names)
     if args.push_to_hub:
         trainer.push_to_hub()
     return results

@@ -29,7 +29,9 @@ from hfkd.models import load_model
 @dataclass
 class ModelArguments:
     student: str = field(default="resnet20", metadata={"help": "Name in hfkd.models or timm, Hub id or local folder."})
-    teacher: str | None = field(default=None, metadata={"help": "As --student, or a .safetensors file of a CIFAR net."})
+    teacher: str | None = field(
+        default=None, metadata={"help": "As --student, or a .safetensors file of a CIFAR net."}
+    )
     distiller: str | None = field(default=None, metadata={"help": "A method of hfkd.distillers; kd with a teacher."})
     distiller_kwargs: str = field(default="{}", metadata={"help": "Its arguments, as JSON."})
     student_pretrained: bool = field(default=True, metadata={"help": "Start from weights where the student has any."})
@@ -42,19 +44,25 @@ class ModelArguments:
 @dataclass
 class DataArguments:
     dataset: str = field(default="digits", metadata={"help": "cifar10, cifar100, svhn, digits, or a Hub id."})
-    data_dir: str | None = field(default=None, metadata={"help": "Local folder: parquet in the Hub's layout, or images."})
+    data_dir: str | None = field(
+        default=None, metadata={"help": "Local folder: parquet in the Hub's layout, or images."}
+    )
     validation_fraction: float = field(
         default=0.1, metadata={"help": "Share of train cut off for validation; with 0 also --eval_strategy no."}
     )
     held_out_fraction: float = field(default=0.0, metadata={"help": "Share cut off for methods that need one."})
-    labels: int | None = field(default=None, metadata={"help": "Keep so many labels; the other samples stay, unlabelled."})
+    labels: int | None = field(
+        default=None, metadata={"help": "Keep so many labels; the other samples stay, unlabelled."}
+    )
     drop_unlabelled: bool = field(default=False, metadata={"help": "Train on the labelled samples alone."})
     label_noise: float = field(default=0.0, metadata={"help": "Share of training labels to corrupt."})
     noise_type: str = field(default="symmetric", metadata={"help": "symmetric or pair."})
     split_seed: int = field(default=0, metadata={"help": "Seed of splits, budgets and noise."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Use so many training samples."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use so many validation and test samples."})
-    augment: str | None = field(default="crop_flip", metadata={"help": "crop_flip, flip, crop or none."})
+    augment: str | None = field(
+        default=None, metadata={"help": "crop_flip, flip, crop or none; by default crop_flip, and crop for digits."}
+    )
     rand_augment: str | None = field(default=None, metadata={"help": "A timm specification such as rand-m9-mstd0.5."})
     mixup_alpha: float = field(default=0.0, metadata={"help": "Mixup on the batch."})
     cutmix_alpha: float = field(default=0.0, metadata={"help": "CutMix on the batch."})
@@ -99,6 +107,7 @@ def run(
         max_train_samples=data_args.max_train_samples,
         max_eval_samples=data_args.max_eval_samples,
     )
+    augment = data_args.augment or ("crop" if data.task in ("digits", "svhn") else "crop_flip")
     if data_args.drop_unlabelled:
         data.train = data.train.filter(lambda label: label != -100, input_columns="label")
 
@@ -113,7 +122,7 @@ def run(
             data.train,
             processor,
             teacher_processor=teacher_processor,
-            augment=None if data_args.augment == "none" else data_args.augment,
+            augment=None if augment == "none" else augment,
             rand_augment=data_args.rand_augment,
             mixup_alpha=data_args.mixup_alpha,
             cutmix_alpha=data_args.cutmix_alpha,
@@ -132,22 +141,30 @@ def run(
             compute_metrics=compute_metrics(data.task),
         ), plain(data.test)
 
-    teacher = None
-    if model_args.teacher is not None:
+    teacher, teacher_name, train_teacher = None, model_args.teacher, model_args.train_teacher
+    teacher_folder = (
+        os.path.normpath(args.output_dir) + "-teacher"
+    )  # beside the student: a push sends its whole folder
+    if train_teacher and args.resume_from_checkpoint:
+        teacher_name, train_teacher = teacher_folder, False
+    if teacher_name is not None:
         set_seed(args.seed)
         teacher = load_model(
-            model_args.teacher,
-            label_names=data.label_names if model_args.train_teacher else None,
-            refuse_new_head=not model_args.train_teacher,
+            teacher_name,
+            label_names=data.label_names if train_teacher else None,
+            refuse_new_head=not train_teacher,
             trust_remote_code=model_args.trust_remote_code,
         )
-        if model_args.train_teacher:
+        if data.label_names is None:
+            data.label_names = [teacher.config.id2label[i] for i in range(teacher.config.num_labels)]
+        if train_teacher:
             teacher_args = copy.copy(args)
-            teacher_args.output_dir = os.path.join(args.output_dir, "teacher")
-            teacher_args.num_train_epochs = model_args.teacher_epochs or args.num_train_epochs
+            teacher_args.output_dir = teacher_folder
+            if model_args.teacher_epochs is not None:
+                teacher_args.num_train_epochs, teacher_args.max_steps = model_args.teacher_epochs, -1
             teacher_args.learning_rate = model_args.teacher_learning_rate or args.learning_rate
-            teacher_args.push_to_hub, teacher_args.resume_from_checkpoint = False, None
-            teacher_trainer, _ = trainer_for(teacher, model_args.teacher, teacher_args)
+            teacher_args.push_to_hub = False
+            teacher_trainer, _ = trainer_for(teacher, teacher_name, teacher_args)
             teacher_trainer.train()
             teacher_trainer.save_model()
 
@@ -158,7 +175,7 @@ def run(
         pretrained=model_args.student_pretrained,
         trust_remote_code=model_args.trust_remote_code,
     )
-    trainer, test = trainer_for(student, model_args.student, args, teacher, model_args.teacher, distiller)
+    trainer, test = trainer_for(student, model_args.student, args, teacher, teacher_name, distiller)
 
     results = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics
     results["world_size"] = args.world_size

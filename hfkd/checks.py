@@ -9,7 +9,7 @@ import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, Subset
 from transformers import PretrainedConfig, TrainingArguments
 
 from hfkd.distillers.base import IGNORE_INDEX, Distiller
@@ -20,10 +20,12 @@ def problem_type_of(model: nn.Module) -> str:
     """``"single_label"`` or ``"regression"``, from the student's configuration.
 
     Raises:
-        ValueError: For multi-label models, which no method here is defined for.
+        ValueError: For multi-label models and for regression with several outputs, which no method is defined for.
     """
     if model.config.problem_type == "multi_label_classification":
         raise ValueError("multi-label models are not supported: a sample has one class, or one number")
+    if model.config.problem_type == "regression" and model.config.num_labels > 1:
+        raise ValueError("regression with several outputs is not supported: give the student num_labels=1")
     return "regression" if model.config.num_labels == 1 else "single_label"
 
 
@@ -36,8 +38,20 @@ def dataset_labels(dataset: Dataset | None) -> np.ndarray | None:
     if isinstance(dataset, datasets.Dataset):
         name = _label_column(dataset)
         return None if name is None else np.asarray(dataset.with_format("numpy")[name][:])
+    if isinstance(dataset, Subset):
+        labels = dataset_labels(dataset.dataset)
+        return None if labels is None else labels[list(dataset.indices)]
     labels = getattr(dataset, "labels", None)
     return None if labels is None else np.asarray(labels)
+
+
+def _class_names(dataset: Dataset) -> list[str] | None:
+    if isinstance(dataset, Subset):
+        return _class_names(dataset.dataset)
+    if not isinstance(dataset, datasets.Dataset):
+        return getattr(dataset, "label_names", None)
+    feature = dataset.features[_label_column(dataset)]
+    return feature.names if isinstance(feature, datasets.ClassLabel) else None
 
 
 def check_labels(dataset: Dataset, which: str, config: PretrainedConfig, problem_type: str) -> None:
@@ -58,6 +72,8 @@ def check_labels(dataset: Dataset, which: str, config: PretrainedConfig, problem
         return
     if which != "train":
         labels = labels[labels != -1]
+    if np.isnan(labels.astype(np.float64)).any():
+        raise ValueError(f"labels of the {which} set have empty cells: set them to -100 for unlabelled samples")
     wrong = np.unique(labels[(labels < 0) | (labels >= num_labels) | (labels % 1 != 0)])
     if len(wrong):
         raise ValueError(
@@ -65,10 +81,7 @@ def check_labels(dataset: Dataset, which: str, config: PretrainedConfig, problem
             f"{num_labels - 1}: give the student num_labels={int(max(wrong.max() + 1, num_labels))}, or correct the "
             "labels (-100 marks an unlabelled sample)"
         )
-    feature = dataset.features[_label_column(dataset)] if isinstance(dataset, datasets.Dataset) else None
-    if not isinstance(feature, datasets.ClassLabel):
-        return
-    names = feature.names
+    names = _class_names(dataset)
     if align_labels(named_labels(config), names, whose=f"the {which} set") is not None:
         raise ValueError(
             f"the {which} set numbers the classes as {names[:5]}…, and the student as {named_labels(config)[:5]}…: "
@@ -90,13 +103,24 @@ def check_columns(dataset: Dataset | None, distiller: Distiller) -> None:
     columns = columns if isinstance(columns, list) else list(dataset[0])
     if missing := [column for column in distiller.batch_columns if column not in columns]:
         remedy = 'add it with dataset.add_column("index", list(range(len(dataset))))' if "index" in missing else ""
-        raise ValueError(f"the training set has no column {', '.join(missing)}, which {name} needs: {remedy or 'add it'}")
+        raise ValueError(
+            f"the training set has no column {', '.join(missing)}, which {name} needs: {remedy or 'add it'}"
+        )
 
 
 def check_teacher(teacher: nn.Module, student: nn.Module, distiller: Distiller) -> list[int] | None:
-    """Refuse a teacher of other classes or with a fresh head; return the order that maps its classes to the student's."""
+    """Refuse a teacher of other classes or with a fresh head.
+
+    Returns:
+        For each of the student's classes the teacher's index of it; None where the orders agree.
+    """
     if teacher is student:
         raise ValueError("teacher and student are the same object: pass copy.deepcopy(student) as the teacher")
+    own = {id(parameter) for parameter in student.parameters()}
+    if any(id(parameter) in own for parameter in teacher.parameters()):
+        raise ValueError(
+            "teacher and student share weights, which cannot be both frozen and trained: pass a deep copy"
+        )
     if not hasattr(teacher, "config"):
         raise ValueError(f"the teacher ({type(teacher).__name__}) has no config: wrap it as a PreTrainedModel")
     if teacher.config.num_labels != student.config.num_labels:

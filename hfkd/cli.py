@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,9 +34,21 @@ def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str] | None 
     return HfArgumentParser(dataclass_types).parse_args_into_dataclasses(args=words)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which only true and false are booleans, so that ``eval_strategy: no`` is a word."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(?:true|True|false|False)$"), list("tTfF"))
+
+
 def _words_of_file(path: Path) -> list[str]:
     try:
-        table = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
+        table = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506, a SafeLoader; JSON is YAML
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is neither YAML nor JSON: {error}") from error
     if not isinstance(table, dict):

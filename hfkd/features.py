@@ -30,7 +30,7 @@ def use_channels_last(model: nn.Module) -> nn.Module:
     return model
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _forward_parameters(model_class: type[nn.Module]) -> tuple[str, ...]:
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     parameters = inspect.signature(model_class.forward).parameters.values()
@@ -169,7 +169,11 @@ def capture(model: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, Tensor
             path, _, side = key.partition(":")
             module = find_module(base_model(model), path)
             if side == "input":
-                handles.append(module.register_forward_pre_hook(lambda _, args, key=key: keep(key, args)))
+                handles.append(
+                    module.register_forward_pre_hook(
+                        lambda _, args, kwargs, key=key: keep(key, args or tuple(kwargs.values())), with_kwargs=True
+                    )
+                )
             else:
                 handles.append(module.register_forward_hook(lambda _, args, output, key=key: keep(key, output)))
         yield features

@@ -14,22 +14,39 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import nn
 
 from hfkd.distillers.base import Distiller
+from hfkd.features import base_model
 
 
 if TYPE_CHECKING:
     from hfkd.trainer import DistillationTrainer
 
-_SETTINGS = ("learning_rate", "optim", "optim_args", "lr_scheduler_type", "weight_decay", "num_train_epochs", "max_steps",
-             "per_device_train_batch_size", "gradient_accumulation_steps", "label_smoothing_factor", "bf16", "fp16", "seed",
-             "data_seed")  # fmt: skip
+_SETTINGS = (
+    "learning_rate",
+    "optim",
+    "optim_args",
+    "lr_scheduler_type",
+    "weight_decay",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "label_smoothing_factor",
+    "bf16",
+    "fp16",
+    "seed",
+    "data_seed",
+)
 
 
 def describe(distiller: Distiller) -> str:
     """A distiller as the call that makes it: ``KD(alpha=0.9, temperature=4.0)``."""
     names = [name for name in inspect.signature(type(distiller).__init__).parameters if name != "self"]
     values = {name: getattr(distiller, name) for name in names if hasattr(distiller, name)}
-    shown = (f"{k}={describe(v) if isinstance(v, Distiller) else repr(v)}" for k, v in values.items()
-             if isinstance(v, (bool, int, float, str, tuple, Distiller, type(None))))  # fmt: skip
+    shown = (
+        f"{k}={describe(v) if isinstance(v, Distiller) else repr(v)}"
+        for k, v in values.items()
+        if isinstance(v, (bool, int, float, str, tuple, Distiller, type(None)))
+    )
     return f"{type(distiller).__name__}({', '.join(shown)})"
 
 
@@ -41,11 +58,10 @@ def public_name(model: nn.Module) -> str:
 
 def write_model_card(
     trainer: DistillationTrainer,
-    *,
-    model_name: str | None = None,
     language: str | None = None,
     license: str | None = None,
     tags: str | Sequence[str] | None = None,
+    model_name: str | None = None,
     finetuned_from: str | None = None,
     tasks: str | Sequence[str] | None = None,
     dataset_tags: str | Sequence[str] | None = None,
@@ -56,10 +72,10 @@ def write_model_card(
 
     Args:
         trainer: A trainer after training; the scores are those it logged last.
-        model_name: Heading; the folder's name by default.
         language: As in ``transformers.Trainer.create_model_card``, like all that follow.
         license: Licence of the student.
         tags: Further tags.
+        model_name: Heading; the folder's name by default.
         finetuned_from: Model whose weights the student started from.
         tasks: Task such as ``"image-classification"``, for the scores' metadata.
         dataset_tags: Hub ids of the data.
@@ -70,13 +86,15 @@ def write_model_card(
     def first(value):
         return value if value is None or isinstance(value, str) else next(iter(value), None)
 
-    folder = Path(trainer.args.output_dir)
+    folder, is_adapter = Path(trainer.args.output_dir), base_model(trainer.model) is not trainer.model
     model_name = model_name or folder.resolve().name
     scores: dict[str, float] = {}
     for entry in trainer.state.log_history:
-        scores.update({name: value for name, value in entry.items() if name.startswith(("eval_", "test_", "teacher_"))})
+        scores.update(
+            {name: value for name, value in entry.items() if name.startswith(("eval_", "test_", "teacher_"))}
+        )
     skipped = ("_runtime", "_per_second", "_time")
-    scores = {name: value for name, value in scores.items() if not name.endswith(skipped)}
+    scores = {k: v for k, v in scores.items() if isinstance(v, (int, float)) and not k.endswith(skipped)}
     split = "test" if any(name.startswith("test_") for name in scores) else "eval"
     own = {name.removeprefix(f"{split}_"): value for name, value in scores.items() if name.startswith(f"{split}_")}
 
@@ -97,9 +115,9 @@ def write_model_card(
     data = ModelCardData(
         language=language,
         license=license,
-        library_name="transformers",
+        library_name="peft" if is_adapter else "transformers",
         pipeline_tag=first(tasks),
-        base_model=finetuned_from,
+        base_model=finetuned_from or (public_name(base_model(trainer.model)) if is_adapter else None),
         datasets=[dataset_tags] if isinstance(dataset_tags, str) else dataset_tags,
         tags=["knowledge-distillation", "hfkd", *([tags] if isinstance(tags, str) else tags or [])],
         model_name=model_name,
@@ -120,9 +138,10 @@ def write_model_card(
     text += ["", f"Method: `{describe(trainer.distiller)}`, through hfkd.", ""]
     if scores:
         text += ["| score | value |", "|---|---|", *(f"| {k} | {v:.4f} |" for k, v in scores.items()), ""]
-        text += ["Scores are those of the last epoch; `teacher_` before training is on at most 1,000 samples.", ""]
+        text += ["Scores are the last ones measured; the teacher's are on at most 1,000 validation samples.", ""]
     text += ["## Training", "", "| setting | value |", "|---|---|"]
-    settings = {name: getattr(trainer.args, name) for name in _SETTINGS}
+    unused = "num_train_epochs" if trainer.args.max_steps > 0 else "max_steps"
+    settings = {name: getattr(trainer.args, name) for name in _SETTINGS if name != unused}
     text += [f"| {name} | {getattr(value, 'value', value)} |" for name, value in settings.items() if value is not None]
     text += ["", f"transformers {transformers.__version__}, torch {torch.__version__}.", ""]
     folder.mkdir(parents=True, exist_ok=True)

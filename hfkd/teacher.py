@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -37,7 +38,9 @@ class Teacher:
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
     ):
-        self.model = model.eval().requires_grad_(False).to(device=device, dtype=dtype)
+        if dtype not in (None, next(model.parameters()).dtype):
+            model = copy.deepcopy(model).to(dtype)  # the caller's stays as it is
+        self.model = model.eval().requires_grad_(False).to(device)
         self.layers, self.dtype = tuple(layers), dtype
         self.label_order = None if label_order is None else torch.tensor(label_order, device=device)
 
@@ -48,7 +51,8 @@ class Teacher:
         Raises:
             RuntimeError: If somebody put the teacher into training mode or unfroze it.
         """
-        if self.model.training or any(parameter.requires_grad for parameter in self.model.parameters()):
+        training = any(module.training for module in self.model.modules())
+        if training or any(parameter.requires_grad for parameter in self.model.parameters()):
             raise RuntimeError(
                 "the teacher is in training mode or has trainable parameters: it must stay frozen. "
                 "Keep it out of the student's modules, and use a distiller with trains_teacher=True to train it"
@@ -63,7 +67,7 @@ class Teacher:
 
 
 def named_labels(config) -> list[str] | None:
-    """The class names of a configuration, None where they are the placeholders LABEL_0, LABEL_1, …"""
+    """The class names of a configuration, None where they are placeholders such as LABEL_0."""
     names = [str(config.id2label[i]) for i in range(config.num_labels)]
     return None if all(re.fullmatch(r"LABEL_\d+", name) for name in names) else names
 
@@ -94,15 +98,20 @@ def align_labels(own: Sequence[str] | None, other: Sequence[str] | None, *, whos
 
 
 def head_looks_new(model: nn.Module) -> bool:
-    """Whether a transformers classifier's last layer is as an initialiser leaves it: zero bias, normal weights.
+    """Whether a classifier's last layer is as an initialiser leaves it.
 
-    Training moves every bias off zero, so a false alarm needs a head trained without one. Heads that PyTorch itself
-    initialises (random biases) are not recognised; loading the teacher through ``hfkd.models.load_model`` is exact.
+    Recognised are transformers' (zero bias, normal weights of the configured spread) and PyTorch's (both uniform up
+    to 1/sqrt(inputs)). Training moves every bias off zero and weights past that bound, so a false alarm is unlikely;
+    loading a teacher through ``hfkd.models.load_model(..., refuse_new_head=True)`` is exact.
     """
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    spread = getattr(getattr(model, "config", None), "initializer_range", None)
-    if not linear or spread is None or linear[-1].bias is None:
+    if not linear or linear[-1].bias is None:
         return False
-    weight, bias = linear[-1].weight.float(), linear[-1].bias
-    tolerance = 5 * spread / weight.numel() ** 0.5
-    return bool((bias == 0).all()) and abs(weight.std().item() - spread) < tolerance
+    weight, bias = linear[-1].weight.detach().float(), linear[-1].bias.detach().float()
+    spread, count = weight.std().item(), weight.numel()
+    configured = getattr(getattr(model, "config", None), "initializer_range", None)
+    if configured is not None and (bias == 0).all():
+        return abs(spread - configured) < 5 * configured / count**0.5
+    bound = weight.shape[1] ** -0.5
+    within = weight.abs().max() <= bound and bias.abs().max() <= bound
+    return bool(within) and abs(spread - bound / 3**0.5) < 2.5 * bound / count**0.5

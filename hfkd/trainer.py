@@ -7,13 +7,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import datasets
 import safetensors.torch
 import torch
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, Subset
 from tqdm.auto import tqdm
 from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer import TRAINING_ARGS_NAME
 
 from hfkd.checks import (
     check_columns,
@@ -48,11 +49,13 @@ class _DistillationModule(nn.Module):
         super().__init__()
         self.student, self.distiller, self.teacher = student, distiller, teacher
         # Every process writes a distiller's buffers alike; DDP would overwrite them from process 0 at each forward.
-        self._ddp_params_and_buffers_to_ignore = [f"distiller.{name}" for name, _ in distiller.named_buffers()]
+        # Not so the running statistics of a projector's BatchNorm, which differ between processes.
+        statistics = ("running_mean", "running_var", "num_batches_tracked")
+        self._ddp_params_and_buffers_to_ignore = [
+            f"distiller.{name}" for name, _ in distiller.named_buffers() if not name.endswith(statistics)
+        ]
 
-    def forward(
-        self, batch: Mapping[str, Tensor], teacher: ModelOutputs | None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: Mapping[str, Tensor], teacher: ModelOutputs | None) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss, a scalar, and what is logged: its terms and the distiller's figures, without gradient."""
         student = in_float32(run_model(self.student, batch, layers=self.distiller.student_layers))
         live_teacher = None
@@ -81,6 +84,16 @@ class _DistillationModule(nn.Module):
             return self.distiller.task_logits(student)
 
 
+class _Collator:
+    """Lets the finished batches of data sets with ``__getitems__`` pass, and collates samples."""
+
+    def __init__(self, of_batch: Callable, of_samples: Callable):
+        self.of_batch, self.of_samples = of_batch, of_samples
+
+    def __call__(self, features):
+        return (self.of_batch if isinstance(features, Mapping) else self.of_samples)(features)
+
+
 class _Hooks(TrainerCallback):
     """Hands the trainer's events to the distiller."""
 
@@ -94,9 +107,11 @@ class _Hooks(TrainerCallback):
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         # Accelerate's sharded loader sets the epoch of a seedable sampler and then leaves the dataset out.
-        set_epoch = getattr(self.trainer.train_dataset, "set_epoch", None)
-        if set_epoch is not None:
-            set_epoch(self.trainer.context.epoch)
+        dataset = self.trainer.train_dataset
+        while isinstance(dataset, Subset):
+            dataset = dataset.dataset
+        if hasattr(dataset, "set_epoch"):
+            dataset.set_epoch(self.trainer.context.epoch)
         self.trainer.distiller.on_epoch_begin(self.trainer.context)
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -165,8 +180,9 @@ class DistillationTrainer(Trainer):
         args = args if args is not None else DistillationTrainingArguments("tmp_trainer")
         if args.n_gpu > 1:
             raise ValueError(
-                f"{args.n_gpu} GPUs are visible to one process, which transformers would run as nn.DataParallel, whose "
-                "replicas lose buffer writes: start with `accelerate launch` or torchrun, or set CUDA_VISIBLE_DEVICES=0"
+                f"{args.n_gpu} GPUs are visible to one process, which transformers would run as nn.DataParallel, "
+                "whose replicas lose buffer writes: start with `accelerate launch` or torchrun, or set "
+                "CUDA_VISIBLE_DEVICES=0"
             )
         if teacher_model is not None and not distiller.needs_teacher:
             raise ValueError(f"{type(distiller).__name__} uses no teacher: leave out teacher_model, or choose KD()")
@@ -188,83 +204,101 @@ class DistillationTrainer(Trainer):
         check_processes(self.args, self.accelerator)
 
         self.held_out_dataset = held_out_dataset
-        self.problem_type = problem_type_of(model)
-        if self.problem_type not in distiller.problem_types:
-            raise ValueError(
-                f"{type(distiller).__name__} is not defined for {self.problem_type} problems "
-                f"(only {', '.join(distiller.problem_types)}): use KD(), which is"
-            )
-        labels = dataset_labels(train_dataset)
-        soft_labels = getattr(train_dataset, "soft_labels", False) or (labels is not None and labels.ndim > 1)
-        if distiller.needs_hard_labels and soft_labels:
-            raise ValueError(f"{type(distiller).__name__} needs class indices as labels: turn Mixup and CutMix off")
-        for which, dataset in [("train", train_dataset), *self._eval_datasets().items()]:
-            check_labels(dataset, which, model.config, self.problem_type)
-        check_columns(train_dataset, distiller)
-
-        self.label_scale = 1.0
-        if labels is not None and (labelled := int((labels != IGNORE_INDEX).sum())):
-            self.label_scale = labels.size / labelled
-        elif labels is not None and isinstance(distiller, StudentAlone):
-            raise ValueError("no training sample has a label (all are -100): the student alone has nothing to learn")
-        hard_label_loss = HardLabelLoss(self.problem_type, self.args.label_smoothing_factor, self.label_scale)
-        for part in distiller.modules():
-            if isinstance(part, Distiller):
-                part.hard_label_loss = hard_label_loss
-
         self.distiller = distiller
         self.context = DistillationContext(self)
-        made = distiller.make_teacher(model)
-        if made is not None and teacher_model is not None:
-            raise ValueError(f"{type(distiller).__name__} brings its own teacher: leave out teacher_model")
-        if made is None and teacher_model is None and distiller.needs_teacher:
-            raise ValueError(f"{type(distiller).__name__} needs a teacher: pass teacher_model=")
-        if distiller.trains_teacher or made is not None:
-            self._saves_teacher = True
-        else:
-            self._saves_teacher = False
-        self.teacher_model = made if made is not None else teacher_model
-        self.teacher = None
-        if self.teacher_model is not None:
-            unlike = made is None or distiller.trains_teacher  # a peer may be the user's own
-            label_order = check_teacher(self.teacher_model, model, distiller) if unlike else None
-            if distiller.trains_teacher:
-                if label_order is not None:
-                    raise ValueError("a teacher that is trained must have the student's classes in the same order")
-                self.teacher_model.to(self.args.device)
-            else:
-                dtype = getattr(self.args, "teacher_dtype", None)
-                self.teacher = Teacher(
-                    self.teacher_model,
-                    label_order=label_order,
-                    dtype=getattr(torch, dtype) if dtype else None,
-                    device=self.args.device,
-                )
-            use_channels_last(self.teacher_model)
-        use_channels_last(model)
-
-        with torch.random.fork_rng():
-            torch.manual_seed(self.args.seed)
-            distiller.setup(self.context)
-        distiller.to(self.args.device)
-        # Not before: setup may choose the layers.
-        for path in distiller.student_layers:
-            find_module(base_model(model), path.partition(":")[0])
-        if self.teacher_model is not None:
-            for path in distiller.teacher_layers:
-                find_module(base_model(self.teacher_model), path.partition(":")[0])
-        if self.teacher is not None:
-            self.teacher.layers = tuple(distiller.teacher_layers)
-        self._module = _DistillationModule(model, distiller, self.teacher_model if distiller.trains_teacher else None)
-        if any(True for _ in distiller.parameters()) and self.optimizer is not None and self.lr_scheduler is not None:
-            raise ValueError(
-                f"{type(distiller).__name__} has parameters of its own, which the given scheduler does not know: "
-                "pass optimizers=(optimizer, None), or neither"
-            )
+        self.problem_type = problem_type_of(model)
+        self._set_up_labels()
+        self._set_up_teacher(teacher_model)
+        self._set_up_distiller()
         self._term_sums: dict[str, Tensor] = {}
         self._term_count = 0
         self._evaluated = torch.zeros(2, device=self.args.device)  # sum of losses, number of labelled samples
         self.add_callback(_Hooks(self))
+
+    # Setting up
+
+    def _set_up_labels(self) -> None:
+        """Check labels and columns against student and distiller; settle what the hard-label loss is."""
+        method = type(self.distiller).__name__
+        if self.problem_type not in self.distiller.problem_types:
+            raise ValueError(
+                f"{method} is not defined for {self.problem_type} problems "
+                f"(only {', '.join(self.distiller.problem_types)}): use KD(), which is"
+            )
+        others = {**self._eval_datasets(), "held-out": self.held_out_dataset}
+        for which, dataset in [("train", self.train_dataset), *others.items()]:
+            check_labels(dataset, which, self.model.config, self.problem_type)
+        check_columns(self.train_dataset, self.distiller)
+
+        labels = dataset_labels(self.train_dataset)
+        soft_labels = getattr(self.train_dataset, "soft_labels", False) or (labels is not None and labels.ndim > 1)
+        if self.distiller.needs_hard_labels and soft_labels:
+            raise ValueError(f"{method} needs class indices as labels: turn Mixup and CutMix off")
+        labelled = 0 if labels is None else int((labels != IGNORE_INDEX).sum())
+        self._is_labelled = labelled > 0
+        self.label_scale = labels.size / labelled if labelled else 1.0
+        columns = self.train_dataset.column_names if isinstance(self.train_dataset, datasets.Dataset) else None
+        has_no_labels = labels is not None or (columns is not None and not {*columns} & {*self.label_names})
+        if isinstance(self.distiller, StudentAlone) and not labelled and has_no_labels:
+            raise ValueError("no training sample has a label: the student alone has nothing to learn, pass a teacher")
+        hard_label_loss = HardLabelLoss(self.problem_type, self.args.label_smoothing_factor, self.label_scale)
+        for part in self.distiller.modules():
+            if isinstance(part, Distiller):
+                part.hard_label_loss = hard_label_loss
+
+    def _set_up_teacher(self, teacher_model: nn.Module | None) -> None:
+        """Settle who teaches: the given model, one that the method makes, or nobody."""
+        distiller, method = self.distiller, type(self.distiller).__name__
+        made = distiller.make_teacher(self.model)
+        if made is not None and teacher_model is not None:
+            raise ValueError(f"{method} brings its own teacher: leave out teacher_model")
+        self.teacher_model = made if made is not None else teacher_model
+        self.teacher = None
+        self._saves_teacher = made is not None or distiller.trains_teacher
+        if self.teacher_model is None:
+            if distiller.needs_teacher:
+                raise ValueError(f"{method} needs a teacher: pass teacher_model=")
+            return
+        unlike = made is None or distiller.trains_teacher  # a peer may be the user's own
+        label_order = check_teacher(self.teacher_model, self.model, distiller) if unlike else None
+        use_channels_last(self.teacher_model)
+        if distiller.trains_teacher:
+            if label_order is not None:
+                raise ValueError("a teacher that is trained must have the student's classes in the same order")
+            self.teacher_model.to(self.args.device)
+            return
+        dtype = getattr(self.args, "teacher_dtype", None)
+        self.teacher = Teacher(
+            self.teacher_model,
+            label_order=label_order,
+            dtype=getattr(torch, dtype) if dtype else None,
+            device=self.args.device,
+        )
+        if made is not None:  # the method's to update, whatever its precision
+            self.teacher_model = self.teacher.model
+
+    def _set_up_distiller(self) -> None:
+        """Allocate the method's own parameters and put all that trains into one module."""
+        use_channels_last(self.model)
+        with torch.random.fork_rng():
+            torch.manual_seed(self.args.seed)
+            self.distiller.setup(self.context)
+        self.distiller.to(self.args.device)
+        # Not before: setup may choose the layers.
+        sides = [(self.model, self.distiller.student_layers), (self.teacher_model, self.distiller.teacher_layers)]
+        for model, layers in sides:
+            for path in layers if model is not None else ():
+                find_module(base_model(model), path.partition(":")[0])
+        if self.teacher is not None:
+            self.teacher.layers = tuple(self.distiller.teacher_layers)
+        trained_teacher = self.teacher_model if self.distiller.trains_teacher else None
+        self._module = _DistillationModule(self.model, self.distiller, trained_teacher)
+        has_parameters = next(self.distiller.parameters(), None) is not None
+        if has_parameters and self.optimizer is not None and self.lr_scheduler is not None:
+            raise ValueError(
+                f"{type(self.distiller).__name__} has parameters of its own, which the given scheduler does not know: "
+                "pass optimizers=(optimizer, None), or neither"
+            )
 
     def _eval_datasets(self) -> dict[str, Dataset]:
         if self.eval_dataset is None:
@@ -292,7 +326,10 @@ class DistillationTrainer(Trainer):
                 model = nn.ModuleDict({"student": self.model, "teacher": self._module.teacher})
         optimizer = super().create_optimizer(model)
         known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        for group in self._distiller_groups():
+        groups = self._distiller_groups()
+        if self._module.teacher is not None:  # unknown only to an optimizer that the user made
+            groups.append({"params": [p for p in self._module.teacher.parameters() if p.requires_grad]})
+        for group in groups:
             group["params"] = [parameter for parameter in group["params"] if id(parameter) not in known]
             if group["params"]:
                 optimizer.add_param_group(group)
@@ -325,8 +362,7 @@ class DistillationTrainer(Trainer):
 
     def _get_collator_with_removed_columns(self, data_collator, description=None):
         by_sample = super()._get_collator_with_removed_columns(data_collator, description)
-        # Datasets with `__getitems__` hand over finished batches.
-        return lambda features: (data_collator if isinstance(features, Mapping) else by_sample)(features)
+        return _Collator(data_collator, by_sample)
 
     # Steps
 
@@ -339,15 +375,24 @@ class DistillationTrainer(Trainer):
         self._term_count += 1
         return (loss, terms) if return_outputs else loss
 
-    def _with_labels(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _with_labels(self, inputs: Mapping[str, Tensor], *, fill: bool = True) -> dict[str, Tensor]:
+        """The batch with its labels under that name; unlabelled data gets -100 where ``fill``."""
         batch = dict(inputs)
-        if "labels" not in batch:
+        for name in (*self.label_names, "label", "label_ids"):
+            if "labels" not in batch and name in batch:
+                batch["labels"] = batch[name]
+        if "labels" not in batch and fill:
+            if self._is_labelled or isinstance(self.distiller, StudentAlone):
+                raise ValueError(
+                    f"the batch has no labels, only {', '.join(batch)}: name their column in label_names=, and let "
+                    "the data collator keep it (hfkd.data.DistillationCollator does)"
+                )
             first = next(value for value in batch.values() if isinstance(value, Tensor))
             batch["labels"] = torch.full((len(first),), IGNORE_INDEX, device=first.device)
         return batch
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        batch = self._prepare_inputs(inputs)
+        batch = self._with_labels(self._prepare_inputs(inputs), fill=False)
         labels = batch.get("labels")
         module = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -357,7 +402,8 @@ class DistillationTrainer(Trainer):
             if self.problem_type == "single_label" and not labels.is_floating_point():
                 labels = labels.masked_fill(labels == -1, IGNORE_INDEX)  # the hidden labels of a benchmark's test set
             per_sample = HardLabelLoss(self.problem_type)(logits, labels)
-            labelled = labels != IGNORE_INDEX if labels.ndim == 1 else torch.ones_like(per_sample, dtype=torch.bool)
+            soft = self.problem_type == "single_label" and labels.ndim > 1
+            labelled = torch.ones_like(per_sample, dtype=torch.bool) if soft else labels.flatten() != IGNORE_INDEX
             loss = per_sample.sum() / labelled.sum()
             per_sample, labelled = self.accelerator.gather_for_metrics((per_sample, labelled))
             self._evaluated += torch.stack([per_sample.sum(), labelled.sum()])
@@ -415,14 +461,19 @@ class DistillationTrainer(Trainer):
         if max_samples is not None and not is_stream and len(dataset) > max_samples:
             chosen = torch.linspace(0, len(dataset) - 1, max_samples).long().tolist()
             dataset = dataset.select(chosen) if hasattr(dataset, "select") else Subset(dataset, chosen)
+        # Metrics that want inputs, or tensors batch by batch, are the student's own affair.
+        special = self.args.batch_eval_metrics or self.args.include_for_metrics
+        has_metrics = self.compute_metrics is not None and not special
         predictions, labels = [], []
         with torch.random.fork_rng(), self.compute_loss_context_manager():
             loader = self.get_test_dataloader(dataset)
             hidden = self.args.disable_tqdm or not self.is_world_process_zero()
             for batch in tqdm(loader, desc="Teacher", disable=hidden, leave=False):
-                batch = self._with_labels(self._prepare_inputs(batch))
+                batch = self._with_labels(self._prepare_inputs(batch), fill=False)
+                if "labels" not in batch:
+                    return {}
                 logits = in_float32(self.teacher(batch)).logits
-                if self.compute_metrics is not None and self.preprocess_logits_for_metrics is not None:
+                if has_metrics and self.preprocess_logits_for_metrics is not None:
                     logits = self.preprocess_logits_for_metrics(logits, batch["labels"])
                 logits, batch_labels = self.accelerator.gather_for_metrics((logits, batch["labels"]))
                 predictions.append(logits.cpu())
@@ -431,13 +482,18 @@ class DistillationTrainer(Trainer):
         known = labels >= 0 if self.problem_type == "single_label" else labels != IGNORE_INDEX
         if not known.any():
             return {}
-        if self.compute_metrics is not None:
+        if has_metrics:
             return self.compute_metrics(EvalPrediction(predictions, labels))
         if self.problem_type == "regression":
             return {"mse": float(((predictions.squeeze(-1) - labels)[known] ** 2).mean())}
         return {"accuracy": float((predictions.argmax(-1) == labels)[known].mean())}
 
     # Saving and resuming
+
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        # A pickle that nothing reads, with the Hub token and local paths in it.
+        Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
     def _save_optimizer_and_scheduler(self, output_dir):
         super()._save_optimizer_and_scheduler(output_dir)

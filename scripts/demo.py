@@ -36,7 +36,9 @@ from hfkd.models import load_model  # noqa: E402
 OUTPUT = ROOT / "outputs" / "demo"
 SEEDS = (0, 1, 2)
 LABELS = 100
-COMMON = "--dataset digits --augment crop --save_strategy no --eval_strategy no --disable_tqdm True --logging_steps 10000"
+COMMON = (
+    "--dataset digits --augment crop --save_strategy no --eval_strategy no --disable_tqdm True --logging_steps 10000"
+)
 TEACHER = ["--student", "resnet20", "--max_steps", "150"]
 STUDENT = ["--student", "resnet8", "--max_steps", "150"]
 
@@ -47,7 +49,9 @@ def run(name: str, *flags: str) -> dict[str, float]:
     types = (run_image_kd.ModelArguments, run_image_kd.DataArguments, run_image_kd.TrainingArguments)
     with contextlib.redirect_stdout(io.StringIO()):
         results = run_image_kd.run(*parse_arguments(types, words))
-    print(f"{name:28} test accuracy {results['test_accuracy']:.3f}   ({time.perf_counter() - start:.0f} s)", flush=True)
+    print(
+        f"{name:28} test accuracy {results['test_accuracy']:.3f}   ({time.perf_counter() - start:.0f} s)", flush=True
+    )
     return results
 
 
@@ -93,19 +97,24 @@ def main() -> None:
         for b in (f"{LABELS} labels", "all labels")
     )
     print(
-        f"\nWith {LABELS} labels, a teacher that saw all of them adds {100 * few:+.1f} points: it labels the other images."
+        f"\nWith {LABELS} labels, a teacher that saw all adds {100 * few:+.1f} points: it labels the other images."
         f"\nWith all labels it adds {100 * many:+.1f}: there digits leave such a student little or nothing to gain."
     )
 
     (OUTPUT / "demo.json").write_text(json.dumps(scores, indent=1) + "\n")
     figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
     names = list(scores)[::-1]
-    axes.barh(names, [statistics.mean(scores[n]) for n in names], color=["0.75" if "alone" in n else "#0072B2" for n in names])
+    axes.barh(
+        names,
+        [statistics.mean(scores[n]) for n in names],
+        color=["0.75" if "alone" in n else "#0072B2" for n in names],
+    )
     for row, name in enumerate(names):
         axes.plot(scores[name], [row] * len(scores[name]), "k|", markersize=10)
     axes.set(xlim=(0.5, 1), xlabel="accuracy on test (bars: mean, ticks: seeds)", title="scikit-learn digits")
     figure.savefig(OUTPUT / "demo.png", dpi=150)
-    print(f"\nStudent, card and plot: {folders['student']}, {OUTPUT / 'demo.png'}   ({time.perf_counter() - start:.0f} s)")
+    seconds = time.perf_counter() - start
+    print(f"\nStudent, card and plot: {folders['student']}, {OUTPUT / 'demo.png'}   ({seconds:.0f} s)")
 
 
 if __name__ == "__main__":

@@ -57,9 +57,7 @@ def two_processes(launch, tmp_path_factory):
             )
             folder.mkdir(exist_ok=True)
             (folder / "output.txt").write_text(f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}")
-    files = sorted(folder.glob("*.pt"))
-    assert files, (folder / "output.txt").read_text()
-    return {
-        name: [torch.load(folder / f"{name}-{rank}.pt", weights_only=False) for rank in (0, 1)]
-        for name in {file.stem.rpartition("-")[0] for file in files}
-    }
+    output = (folder / "output.txt").read_text()
+    assert output.startswith("exit status 0\n"), output
+    names = {file.stem.rpartition("-")[0] for file in folder.glob("*.pt")}
+    return {name: [torch.load(folder / f"{name}-{rank}.pt", weights_only=False) for rank in (0, 1)] for name in names}

@@ -107,8 +107,7 @@ def test_a_fresh_head_is_fine_where_the_teacher_is_trained(tmp_path):
 @pytest.mark.parametrize("family", ["bert", "distilbert", "vit", "resnet"])
 def test_heads_are_told_apart(family):
     fresh = tiny(family, initializer_range=0.02)
-    # A ResNet's last layer is initialised by PyTorch, with a random bias: not recognised, as the docstring says.
-    assert head_looks_new(fresh) is (family != "resnet")
+    assert head_looks_new(fresh)
     assert not head_looks_new(tiny_teacher(family, initializer_range=0.02))
     trained = tiny(family, initializer_range=0.02)
     head = [module for module in trained.modules() if isinstance(module, nn.Linear)][-1]
@@ -354,3 +353,86 @@ def test_defaults_choose_the_method(tmp_path):
     assert type(DistillationTrainer(tiny("bert"), tiny_teacher("bert"), args=args).distiller) is KD
     assert NUM_LABELS == len(NAMES)
     assert type(DistillationTrainer(tiny("bert"), tiny_teacher("bert"), TTM(), args).distiller) is TTM
+
+
+def test_a_fresh_cifar_head_is_recognised_and_a_trained_one_is_not():
+    assert all(head_looks_new(tiny("cifar", seed=seed)) for seed in range(5))
+    trained = tiny("cifar")
+    optimizer = torch.optim.SGD(trained.parameters(), lr=0.05)
+    pixels, labels = torch.randn(16, 3, 32, 32), torch.arange(16) % 5
+    for _ in range(8):
+        torch.nn.functional.cross_entropy(trained(pixels).logits, labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert not head_looks_new(trained)
+
+
+def test_teacher_and_student_that_share_weights_are_refused(tmp_path):
+    student, teacher = tiny("bert"), tiny_teacher("bert")
+    student.bert.embeddings = teacher.bert.embeddings
+    with pytest.raises(ValueError, match="share weights.*pass a deep copy"):
+        make_trainer(tmp_path, student, teacher, KD(), rows("bert"))
+
+
+def test_regression_with_several_outputs_is_refused(tmp_path):
+    student = tiny("bert", problem_type="regression")
+    with pytest.raises(ValueError, match="several outputs is not supported: give the student num_labels=1"):
+        make_trainer(tmp_path, student, None, None, rows("bert"))
+
+
+def test_labels_of_the_held_out_set_are_checked(tmp_path):
+    held_out = rows("bert")
+    held_out.columns["labels"][0] = 99
+    with pytest.raises(ValueError, match=r"labels of the held-out set hold \[99\]"):
+        make_trainer(tmp_path, tiny("bert"), None, None, rows("bert"), trainer={"held_out_dataset": held_out})
+
+
+def test_empty_labels_are_refused_with_the_remedy(tmp_path):
+    dataset = datasets.Dataset.from_dict({"input_ids": [[1, 2]] * 4, "labels": [0, 1, None, 1]})
+    with pytest.raises(ValueError, match="empty cells: set them to -100"):
+        make_trainer(tmp_path, tiny("bert"), None, None, dataset)
+
+
+@pytest.mark.parametrize("kind", ["images", "text"])
+def test_classes_in_another_order_than_the_data_sets_are_refused(tmp_path, kind):
+    from hfkd.data import ImageDataset, load_image_data, processor_for
+
+    if kind == "text":
+        features = datasets.Features(
+            {"input_ids": datasets.List(datasets.Value("int64")), "labels": datasets.ClassLabel(names=["no", "yes"])}
+        )
+        dataset = datasets.Dataset.from_dict({"input_ids": [[1, 2]] * 4, "labels": [0, 1, 0, 1]}, features=features)
+        student = tiny("bert", num_labels=2, id2label={0: "yes", 1: "no"})
+    else:
+        data = load_image_data("digits", max_train_samples=20)
+        student = tiny("cifar", num_labels=10, id2label=dict(enumerate(data.label_names[::-1])))
+        dataset = ImageDataset(data.train, processor_for(student))
+    with pytest.raises(ValueError, match="numbers the classes as.*build the student with id2label"):
+        make_trainer(tmp_path, student, None, None, dataset)
+
+
+@pytest.mark.parametrize("column", ["label", "label_ids", "labels"])
+def test_labels_train_under_any_of_their_names(tmp_path, column):
+    dataset = datasets.Dataset.from_dict({"input_ids": [[1, 2, 3]] * 4, column: [0, 1, 2, 3]})
+    trainer = make_trainer(tmp_path, tiny("bert"), None, None, dataset)
+    trainer.train()
+    assert trainer.state.log_history[0]["task"] > 0.1
+
+
+def test_a_collator_that_loses_the_labels_is_refused(tmp_path):
+    def losing(features):
+        return {"input_ids": torch.tensor([feature["input_ids"] for feature in features])}
+
+    dataset = datasets.Dataset.from_dict({"input_ids": [[1, 2, 3]] * 4, "labels": [0, 1, 2, 3]})
+    trainer = make_trainer(
+        tmp_path, tiny("bert"), tiny_teacher("bert"), KD(), dataset, trainer={"data_collator": losing}
+    )
+    with pytest.raises(ValueError, match="the batch has no labels, only input_ids.*DistillationCollator does"):
+        trainer.train()
+
+
+def test_text_labels_are_refused_by_the_collator():
+    from hfkd.data import DistillationCollator
+
+    with pytest.raises(ValueError, match="column 'label' holds 'good': map labels to class indices first"):
+        DistillationCollator()([{"x": 1, "label": "good"}])

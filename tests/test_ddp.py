@@ -1,13 +1,9 @@
 """Two processes do what one does: results of real launches against the same scenario in this process."""
 
-import importlib
-
 import pytest
 import torch
+import two_processes as scenarios
 from helpers import Weighted, assert_identical, freeze_batch_norm, largest_difference, tiny, weights
-
-
-scenarios = importlib.import_module("two_processes")
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     BertConfig,
+    BertForSequenceClassification,
     BertTokenizerFast,
 )
-from transformers import BertForSequenceClassification
 
 import hfkd  # noqa: F401, registers the CIFAR nets
 
@@ -68,19 +68,35 @@ def test_image_flags_come_from_a_file_and_override_it(image_teacher, tmp_path):
 
 def test_unknown_distiller_lists_the_names(image_teacher, tmp_path):
     done = start(
-        "run_image_kd.py", *IMAGE.split(), "--teacher", image_teacher, "--distiller", "wtm", "--output_dir", tmp_path,
+        "run_image_kd.py",
+        *IMAGE.split(),
+        "--teacher",
+        image_teacher,
+        "--distiller",
+        "wtm",
+        "--output_dir",
+        tmp_path,
         check=False,
-    )  # fmt: skip
+    )
     assert done.returncode != 0
     assert "unknown distiller 'wtm': choose one of KD, " in done.stderr
 
 
 def test_image_teacher_is_trained_first(tmp_path):
     start(
-        "run_image_kd.py", *IMAGE.split(), "--teacher", "resnet8", "--train_teacher", "--teacher_epochs", "1",
-        "--labels", "32", "--output_dir", tmp_path,
-    )  # fmt: skip
-    assert AutoModelForImageClassification.from_pretrained(tmp_path / "teacher").config.num_labels == 10
+        "run_image_kd.py",
+        *IMAGE.split(),
+        "--teacher",
+        "resnet8",
+        "--train_teacher",
+        "--teacher_epochs",
+        "1",
+        "--labels",
+        "32",
+        "--output_dir",
+        tmp_path,
+    )
+    assert AutoModelForImageClassification.from_pretrained(f"{tmp_path}-teacher").config.num_labels == 10
     assert "teacher_test_accuracy" in results(tmp_path)
 
 
@@ -93,20 +109,45 @@ def launchers():
             return str(s.getsockname()[1])
 
     return {
-        "torchrun": lambda: (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port()),
-        "accelerate": lambda: (
-            sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-            "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port(),
+        "torchrun": lambda: (
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node",
+            "2",
+            "--master_port",
+            port(),
         ),
-    }  # fmt: skip
+        "accelerate": lambda: (
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--multi_gpu",
+            "--num_processes",
+            "2",
+            "--num_machines",
+            "1",
+            "--mixed_precision",
+            "no",
+            "--dynamo_backend",
+            "no",
+            "--main_process_port",
+            port(),
+        ),
+    }
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
 def test_two_processes_run_as_two(image_teacher, tmp_path, launcher):
     start(
-        "run_image_kd.py", *IMAGE.split(), "--teacher", image_teacher, "--output_dir", tmp_path,
+        "run_image_kd.py",
+        *IMAGE.split(),
+        "--teacher",
+        image_teacher,
+        "--output_dir",
+        tmp_path,
         launcher=launchers()[launcher](),
-    )  # fmt: skip
+    )
     assert results(tmp_path)["world_size"] == 2
 
 
@@ -114,8 +155,7 @@ def test_two_processes_run_as_two(image_teacher, tmp_path, launcher):
 def text_teacher(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bert")
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"the a good bad film was is not very awful fine".split()]
-    (folder / "vocab.txt").write_text("\n".join(words))
-    BertTokenizerFast(vocab_file=str(folder / "vocab.txt")).save_pretrained(folder)
+    BertTokenizerFast(vocab={word: i for i, word in enumerate(words)}).save_pretrained(folder)
     config = BertConfig(
         vocab_size=len(words), hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32
     )
@@ -130,9 +170,21 @@ TEXT = "--use_cpu --max_train_samples 64 --max_eval_samples 32 --num_train_epoch
 @needs_data
 def test_glue_teacher_student_and_predictions(text_teacher, tmp_path):
     start(
-        "run_glue_kd.py", *TEXT.split(), "--task", "rte", "--data_dir", DATA / "glue" / "rte", "--teacher", text_teacher,
-        "--train_teacher", "--student_layers", "2", "--do_predict", "--output_dir", tmp_path,
-    )  # fmt: skip
+        "run_glue_kd.py",
+        *TEXT.split(),
+        "--task",
+        "rte",
+        "--data_dir",
+        DATA / "glue" / "rte",
+        "--teacher",
+        text_teacher,
+        "--train_teacher",
+        "--student_layers",
+        "2",
+        "--do_predict",
+        "--output_dir",
+        tmp_path,
+    )
     assert {"eval_accuracy", "test_accuracy", "teacher_test_accuracy"} <= set(results(tmp_path))
     student = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     assert student.config.num_hidden_layers == 2
@@ -145,9 +197,18 @@ def test_glue_teacher_student_and_predictions(text_teacher, tmp_path):
 @needs_data
 def test_glue_regression(text_teacher, tmp_path):
     start(
-        "run_glue_kd.py", *TEXT.split(), "--task", "stsb", "--data_dir", DATA / "glue" / "stsb", "--teacher", text_teacher,
-        "--train_teacher", "--output_dir", tmp_path,
-    )  # fmt: skip
+        "run_glue_kd.py",
+        *TEXT.split(),
+        "--task",
+        "stsb",
+        "--data_dir",
+        DATA / "glue" / "stsb",
+        "--teacher",
+        text_teacher,
+        "--train_teacher",
+        "--output_dir",
+        tmp_path,
+    )
     assert {"test_pearson", "test_spearmanr"} <= set(results(tmp_path))
 
 
@@ -155,9 +216,17 @@ def test_own_text_files(text_teacher, tmp_path):
     rows = [("the film was good", "pos"), ("a very bad film", "neg")] * 20
     (tmp_path / "train.csv").write_text("sentence,label\n" + "".join(f"{text},{label}\n" for text, label in rows))
     start(
-        "run_glue_kd.py", *TEXT.split(), "--task", "reviews", "--train_file", tmp_path / "train.csv",
-        "--student", text_teacher, "--output_dir", tmp_path / "out",
-    )  # fmt: skip
+        "run_glue_kd.py",
+        *TEXT.split(),
+        "--task",
+        "reviews",
+        "--train_file",
+        tmp_path / "train.csv",
+        "--student",
+        text_teacher,
+        "--output_dir",
+        tmp_path / "out",
+    )
     assert "eval_accuracy" in results(tmp_path / "out")
     student = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     assert set(student.config.id2label.values()) == {"pos", "neg"}

@@ -166,8 +166,7 @@ def test_a_feature_method_trains_between_architectures(tmp_path):
     distiller = Combined({"kd": KD(), "hint": Hint()}, task_from="kd")
     assert distiller.student_layers == Hint.student_layers
     trainer = make_trainer(tmp_path, student, teacher, distiller, rows("resnet"), max_steps=20, learning_rate=0.05)
-    before = distiller.parts["hint"].projector.weight if hasattr(distiller.parts["hint"], "projector") else None
-    start = before.detach().clone()
+    start = distiller.parts["hint"].projector.weight.detach().clone()
     trainer.train()
     hints = [entry["hint/hint"] for entry in trainer.state.log_history if "hint/hint" in entry]
     assert hints[-1] < 0.8 * hints[0]

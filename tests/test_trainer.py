@@ -103,10 +103,8 @@ def test_a_second_train_goes_on_where_the_first_ended(tmp_path):
     twice.train()
     first = trainer(tiny("vit"), Weighted())
     first.train()
-    second = trainer(first.model, first.distiller.base)
-    second_distiller = Weighted()
-    second = trainer(first.model, second_distiller)
-    second_distiller.load_state_dict(first.distiller.state_dict())
+    second = trainer(first.model, Weighted())
+    second.distiller.load_state_dict(first.distiller.state_dict())
     second.train()
     assert_identical(weights(twice.model, twice.distiller), weights(second.model, second.distiller))
     for name in ("loss", "task", "kd"):
@@ -534,6 +532,22 @@ def test_the_teacher_is_scored_as_the_student_is(tmp_path):
     assert "eval_agreement" in trainer.evaluate()
 
 
+def test_metrics_that_are_computed_in_batches_are_for_the_student_alone(tmp_path):
+    def metrics(prediction, compute_result):
+        seen.append(len(prediction.label_ids))
+        return {"n": sum(seen)} if compute_result else {}
+
+    seen, dataset = [], rows("bert", 12)
+    more = {"eval_dataset": dataset, "compute_metrics": metrics}
+    trainer = make_trainer(
+        tmp_path, tiny("bert"), tiny_teacher("bert"), KD(), dataset, batch_eval_metrics=True, trainer=more
+    )
+    # Such metrics want tensors and keep a state of their own: the teacher is scored without them.
+    assert set(trainer.evaluate_teacher()) == {"accuracy"}
+    assert trainer.evaluate()["eval_n"] == 12
+    assert seen == [8, 4]
+
+
 def test_a_teacher_of_numbers_is_scored_by_its_squared_error(tmp_path):
     dataset = rows("bert", 8).with_columns(labels=torch.randn(8, generator=torch.Generator().manual_seed(2)))
     teacher = tiny_teacher("bert", num_labels=1).eval()
@@ -706,3 +720,66 @@ def test_the_arguments_come_from_a_command_line():
     assert (args.distiller_learning_rate, args.teacher_dtype) == (0.01, "bfloat16")
     (args,) = HfArgumentParser(DistillationTrainingArguments).parse_args_into_dataclasses(["--output_dir", "out"])
     assert (args.distiller_learning_rate, args.teacher_dtype, args.logging_nan_inf_filter) == (None, None, False)
+
+
+def test_a_given_optimizer_trains_the_teacher_too(tmp_path):
+    student, teacher = tiny("bert"), tiny_teacher("bert")
+    before = weights(teacher)
+    given = {"optimizers": (torch.optim.SGD(student.parameters(), lr=0.1), None)}
+    make_trainer(tmp_path, student, teacher, Mutual(), rows("bert"), trainer=given).train()
+    assert not torch.equal(weights(teacher)["0.classifier.weight"], before["0.classifier.weight"])
+
+
+def test_a_teacher_of_its_own_precision_leaves_the_callers_as_it_is(tmp_path):
+    teacher = tiny_teacher("bert")
+    before = weights(teacher)
+    trainer = make_trainer(tmp_path, tiny("bert"), teacher, KD(), rows("bert"), teacher_dtype="bfloat16")
+    trainer.train()
+    assert next(trainer.teacher.model.parameters()).dtype == torch.bfloat16
+    assert_identical(weights(teacher), before)
+
+
+def test_a_part_of_the_teacher_in_training_mode_is_noticed(tmp_path):
+    teacher = tiny_teacher("resnet")
+    trainer = make_trainer(tmp_path, tiny("resnet"), teacher, KD(), rows("resnet"))
+    teacher.resnet.train()
+    with pytest.raises(RuntimeError, match="must stay frozen"):
+        trainer.train()
+
+
+def test_a_subset_is_augmented_and_scaled_as_its_whole(tmp_path):
+    from hfkd.data import ImageDataset, load_image_data, processor_for
+
+    student = tiny("cifar", num_labels=10)
+    data = load_image_data("digits", labels=20, max_train_samples=40)
+    whole = ImageDataset(data.train, processor_for(student), augment="crop")
+    part = torch.utils.data.Subset(whole, range(0, 40, 2))
+    trainer = make_trainer(tmp_path, student, None, None, part, num_train_epochs=2, max_steps=-1)
+    known = (whole.labels[::2] != -100).sum()
+    assert trainer.label_scale == 20 / known
+    trainer.train()
+    assert int(whole._epoch) == 1
+
+
+def test_nothing_pickled_and_no_token_is_left_beside_the_student(tmp_path):
+    trainer = make_trainer(tmp_path, tiny("bert"), None, None, rows("bert"), hub_token="hf_planted")
+    trainer.save_model(tmp_path / "student")
+    trainer.create_model_card()
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert "training_args.bin" not in [path.name for path in written]
+    for path in written:
+        assert b"hf_planted" not in path.read_bytes()
+        assert str(tmp_path).encode() not in path.read_bytes()
+
+
+def test_a_model_card_takes_what_transformers_takes(tmp_path):
+    trainer = make_trainer(tmp_path, tiny("bert"), tiny_teacher("bert"), KD(), rows("bert"), max_steps=1)
+    trainer.train()
+    trainer.log({"eval_curve": [1, 2], "eval_accuracy": 0.5})
+    trainer.create_model_card("en", "mit", dataset="toy", tasks="text-classification")
+    card = (tmp_path / "README.md").read_text()
+    assert "language: en" in card
+    assert "| eval_accuracy | 0.5000 |" in card
+    assert "eval_curve" not in card
+    assert "| max_steps | 1 |" in card
+    assert "num_train_epochs" not in card

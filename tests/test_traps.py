@@ -4,13 +4,13 @@ Each fails when its remedy is taken out. The traps of upstream that a remedy ans
 """
 
 import copy
-import importlib
 import re
 import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
+import two_processes as scenarios
 from datasets import Dataset
 from helpers import (
     FAMILIES,
@@ -35,9 +35,6 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 from hfkd.checks import check_processes
 from hfkd.data import DistillationCollator
 from hfkd.distillers import AKD, CRD, DKD, KD, PKT, RKD, TTM, WTTM, Combined
-
-
-scenarios = importlib.import_module("two_processes")
 
 
 def distance(one, other):

@@ -45,7 +45,7 @@ WORLD = 1  # set by main
 
 
 def learnable(folder, *, find_unused: bool, max_grad_norm: float, family: str = "resnet") -> dict:
-    """A distiller with parameters; clipping shows whether gradients are averaged before, none whether they are at all."""
+    """A distiller with parameters. Clipping shows whether gradients are averaged before it, none whether they are."""
     student, distiller = freeze_batch_norm(tiny(family)).double(), Weighted()
     trainer = make_trainer(
         folder,

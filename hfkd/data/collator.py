@@ -15,7 +15,7 @@ class DistillationCollator:
     """Make a batch: pad the student's text columns and the teacher's, each with its own tokenizer, stack the rest.
 
     A finished batch, as :class:`hfkd.data.ImageDataset` gives, passes through. Columns of strings are dropped;
-    ``label`` becomes ``labels``. transformers' own padding collators crash on ``teacher_input_ids``.
+    ``label`` and ``label_ids`` become ``labels``. transformers' own padding collators crash on ``teacher_input_ids``.
 
     Args:
         processing_class: The student's tokenizer; not used for images.
@@ -40,7 +40,9 @@ class DistillationCollator:
                 continue
             column = _stack_column(name, [feature[name] for feature in features])
             if column is not None:
-                batch["labels" if name == "label" else name] = column
+                batch["labels" if name in ("label", "label_ids") else name] = column
+            elif name in ("label", "labels", "label_ids"):
+                raise ValueError(f"column {name!r} holds {features[0][name]!r}: map labels to class indices first")
         return batch
 
     def _pad(self, features: list[dict], tokenizer, prefix: str, argument: str) -> dict[str, Tensor]:

@@ -59,7 +59,7 @@ def write_predictions(
     """
     path = Path(path)
     if path.is_dir():
-        path = path / f"predictions_{task}.tsv"
+        path = path / f"predictions_{task.replace('/', '_')}.tsv"
     predictions = np.asarray(predictions)
     if predictions.ndim not in (1, 2):
         raise ValueError(f"predictions must be (N,), (N, 1) or (N, C), got {predictions.shape}: pass the logits alone")

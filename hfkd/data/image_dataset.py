@@ -85,6 +85,8 @@ class ImageDataset(Dataset):
             known = self.labels[self.labels != UNLABELLED]
             if len(known) and not 0 <= known.min() <= known.max() < num_labels:
                 raise ValueError(f"labels {known.min()}..{known.max()} do not fit num_labels={num_labels}: raise it")
+        feature = split.features["label"]
+        self.label_names = feature.names if isinstance(feature, datasets.ClassLabel) else None
         self.augment, self.seed = augment, seed
         self.mixup = self._make_mixup(mixup_alpha, cutmix_alpha, num_labels)
         # In shared memory: workers that outlive an epoch must see it change.

@@ -131,6 +131,11 @@ def _read_labels(
     }
     feature = splits["train"].features[column]
     if isinstance(feature, ClassLabel):
+        if label_names is not None and list(label_names) != feature.names:
+            raise ValueError(
+                f"the file numbers its classes as {feature.names}, this task as {list(label_names)}: "
+                "reorder them with dataset.align_labels_with_mapping, or load it under a name of its own"
+            )
         label_names = feature.names
     elif not isinstance(feature, Value):
         raise ValueError(f"column {column!r} is {feature}: labels must be one class or one number a row")
@@ -222,7 +227,9 @@ def make_task_data(
     def finish(name: str) -> Dataset:
         split = splits[origin[name]].select_columns(list(content)).rename_columns(content)
         own = trained if name == "train" else labels[origin[name]]
-        return split.add_column("label", own).add_column("index", np.arange(len(split))).select(rows[name])
+        is_class = label_names is not None and own.dtype == np.int64
+        split = split.add_column("label", own, feature=ClassLabel(names=list(label_names)) if is_class else None)
+        return split.add_column("index", np.arange(len(split))).select(rows[name])
 
     finished = {name: finish(name) for name in rows}
     named = {name: finished.pop(name, None) for name in ("train", "validation", "test", "held_out")}

@@ -18,7 +18,8 @@ class TaskData:
     """The splits of one task.
 
     Every split has the columns of the content (``image``, or the text columns under their own names), ``label`` and
-    ``index``. ``label`` is int64, or float32 for regression; -100 means that the sample has none. ``index`` is the
+    ``index``. ``label`` is int64 (a ``ClassLabel`` where names are known), or float32 for regression; -100 means that
+    the sample has none. ``index`` is the
     row's position in the file it comes from: unique within the training file, so that ``train``, ``validation`` and
     ``held_out``, all cut from it, never share one.
 

@@ -73,7 +73,9 @@ def make_distiller(name: str, **kwargs) -> Distiller:
     }
     method = methods.get(name.lower())
     if method is None:
-        raise ValueError(f"unknown distiller {name!r}: choose one of {', '.join(m.__name__ for m in methods.values())}")
+        raise ValueError(
+            f"unknown distiller {name!r}: choose one of {', '.join(m.__name__ for m in methods.values())}"
+        )
     try:
         return method(**kwargs)
     except TypeError as error:

@@ -47,15 +47,15 @@ def reduce_batch(per_sample: Tensor, reduction: str) -> Tensor:
 
 
 def check_temperature(temperature: float) -> None:
-    """Refuse a temperature that is not positive."""
-    if not temperature > 0:
+    """Refuse a temperature that is not positive and finite."""
+    if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature must be positive, got {temperature}: use 1.0 for no softening")
 
 
 def check_not_negative(**values: float) -> None:
-    """Refuse a negative weight of a term, by its name."""
+    """Refuse a negative or infinite weight of a term, by its name."""
     for name, value in values.items():
-        if not value >= 0:
+        if not 0 <= value < float("inf"):
             raise ValueError(f"{name} must not be negative, got {value}: 0 leaves its term out")
 
 
@@ -78,10 +78,10 @@ class HardLabelLoss:
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
         if self.problem_type == "regression":
-            squared = (logits.squeeze(-1) - labels.to(logits.dtype)).square()
-            per_sample = squared.masked_fill(labels == IGNORE_INDEX, 0.0)
+            labels = labels.reshape(len(logits)).to(logits.dtype)
+            per_sample = (logits.squeeze(-1) - labels).square().masked_fill(labels == IGNORE_INDEX, 0.0)
         else:
-            target = labels.to(logits.dtype) if labels.is_floating_point() else labels
+            target = labels.long() if labels.ndim == 1 else labels.to(logits.dtype)
             per_sample = F.cross_entropy(logits, target, reduction="none", label_smoothing=self.label_smoothing)
         return self.scale * per_sample
 
@@ -121,7 +121,7 @@ class Distiller(nn.Module):
     hard_label_loss = HardLabelLoss()
 
     def make_teacher(self, student: nn.Module) -> nn.Module | None:
-        """Return a teacher for a method that needs no outside one (a copy, an average, a peer), else None."""
+        """Return a teacher (a PreTrainedModel) for a method that brings its own: a copy, an average, a peer."""
         return None
 
     def setup(self, context: DistillationContext) -> None:
@@ -165,7 +165,7 @@ class Distiller(nn.Module):
         """Called once before the first step, after a checkpoint is loaded: fill what it has not filled."""
 
     def on_epoch_begin(self, context: DistillationContext) -> None:
-        """Called at each epoch's start, and again when a run resumes within an epoch: remember the epoch in a buffer."""
+        """Called at each epoch's start, and again when a run resumes within one: remember the epoch in a buffer."""
 
     def on_step_end(self, context: DistillationContext) -> None:
         """Called after each optimizer step."""
@@ -228,7 +228,9 @@ class Wrapper(Distiller):
     def __init__(self, base: Distiller):
         super().__init__()
         if not isinstance(base, Distiller):
-            raise TypeError(f"{type(self).__name__} wraps a Distiller, got {type(base).__name__}: pass KD() or another")
+            raise TypeError(
+                f"{type(self).__name__} wraps a Distiller, got {type(base).__name__}: pass KD() or another"
+            )
         self.base = base
         self._join("student_layers", "teacher_layers", "batch_columns")
         for flag in ("needs_teacher", "trains_teacher", "needs_hard_labels", "batch_coupled"):

@@ -25,7 +25,9 @@ class Combined(Distiller):
             are no distillers, or two of them bring a teacher of their own.
     """
 
-    def __init__(self, distillers: Mapping[str, Distiller], weights: Mapping[str, float] | None = None, *, task_from: str):
+    def __init__(
+        self, distillers: Mapping[str, Distiller], weights: Mapping[str, float] | None = None, *, task_from: str
+    ):
         super().__init__()
         weights = dict(weights or {})
         if not distillers:
@@ -33,7 +35,9 @@ class Combined(Distiller):
         if task_from not in distillers:
             raise ValueError(f"task_from={task_from!r} is not among the distillers: {', '.join(distillers)}")
         if unknown := set(weights) - set(distillers):
-            raise ValueError(f"weights for {sorted(unknown)}, which are not among the distillers: {', '.join(distillers)}")
+            raise ValueError(
+                f"weights for {sorted(unknown)}, which are not among the distillers: {', '.join(distillers)}"
+            )
         if negative := [name for name, weight in weights.items() if not weight >= 0]:
             raise ValueError(f"weights must not be negative: {negative}")
         self.parts = nn.ModuleDict(distillers)
@@ -54,7 +58,9 @@ class Combined(Distiller):
     def make_teacher(self, student):
         made = [teacher for part in self.parts.values() if (teacher := part.make_teacher(student)) is not None]
         if len(made) > 1:
-            raise ValueError("two of the combined distillers bring a teacher of their own: combine at most one of them")
+            raise ValueError(
+                "two of the combined distillers bring a teacher of their own: combine at most one of them"
+            )
         return made[0] if made else None
 
     def setup(self, context):

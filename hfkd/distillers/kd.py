@@ -69,7 +69,5 @@ class KD(Distiller):
         if student.logits.shape[-1] == 1:
             distillation = (student.logits - teacher.logits).square().squeeze(-1)
         else:
-            distillation = kd_loss(
-                student.logits, teacher.logits, temperature=self.temperature, reduction="none"
-            )
+            distillation = kd_loss(student.logits, teacher.logits, temperature=self.temperature, reduction="none")
         return {"task": (1 - self.alpha) * self.task_loss(student, batch), "kd": self.alpha * distillation}

@@ -98,7 +98,7 @@ class TTM(Distiller):
     def __init__(self, gamma: float = 0.3, beta: float = 7.0):
         super().__init__()
         _check_gamma(gamma)
-        if not beta >= 0:
+        if not 0 <= beta < float("inf"):
             raise ValueError(f"beta must not be negative, got {beta}: 0 is the labels alone")
         self.gamma, self.beta = gamma, beta
 

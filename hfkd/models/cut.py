@@ -3,15 +3,22 @@
 import copy
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
+
+from hfkd.teacher import align_labels, named_labels
 
 
 MODEL_TYPES = ("bert", "distilbert", "roberta", "vit", "deit")
 
 
 def student_from_teacher(
-    teacher: PreTrainedModel, *, num_layers: int | None = None, layers: Sequence[int] | None = None
+    teacher: PreTrainedModel,
+    *,
+    num_layers: int | None = None,
+    layers: Sequence[int] | None = None,
+    label_names: Sequence[str] | None = None,
 ) -> PreTrainedModel:
     r"""Make a student of the teacher's class from some of its layers.
 
@@ -24,12 +31,13 @@ def student_from_teacher(
         teacher: A BERT, DistilBERT, RoBERTa, ViT or DeiT model with any head.
         num_layers: How many layers the student has.
         layers: Which teacher layers they are, counted from 0 and rising, instead of ``num_layers``.
+        label_names: Class names in the order of the student's data; the head is reordered where the teacher's differs.
 
     Returns:
         A model with weights of its own, on the CPU, in evaluation mode and the teacher's dtype.
 
     Raises:
-        ValueError: If the architecture is another, or the layers are not the teacher's.
+        ValueError: If the architecture is another, the layers are not the teacher's, or the classes are others.
 
     Source: Sanh et al. 2019, "DistilBERT", arXiv 1910.01108, section 3 (every second layer of the teacher).
 
@@ -73,4 +81,19 @@ def student_from_teacher(
     config.num_hidden_layers = len(layers)
     student = type(teacher)(config).to(teacher.dtype)
     student.load_state_dict(state)
+    if label_names is not None:
+        _name_classes(student, label_names)
     return student.eval()
+
+
+def _name_classes(student: PreTrainedModel, label_names: Sequence[str]) -> None:
+    if len(label_names) != student.config.num_labels:
+        raise ValueError(f"the teacher has {student.config.num_labels} classes, the data {len(label_names)}")
+    order = align_labels(label_names, named_labels(student.config), whose="the teacher")
+    if order is not None:
+        heads = [m for m in student.modules() if isinstance(m, nn.Linear) and m.out_features == len(label_names)]
+        with torch.no_grad():
+            for parameter in heads[-1].parameters():
+                parameter.copy_(parameter[order])
+    student.config.id2label = dict(enumerate(label_names))
+    student.config.label2id = {name: i for i, name in enumerate(label_names)}

@@ -116,6 +116,10 @@ def load_model(
     except OSError as error:
         if Path(name).is_dir():
             raise
+        if is_timm:
+            raise ValueError(
+                f"the weights of timm's {timm_name!r} could not be downloaded: pass pretrained=False for random ones"
+            ) from error
         raise ValueError(
             f"cannot load {name_or_path!r}: it is no network of ours ({', '.join(MODEL_NAMES)}), no timm name, "
             "no .safetensors file of a CIFAR ResNet and no local folder, and as a Hub id it could not be read"

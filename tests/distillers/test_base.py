@@ -97,7 +97,13 @@ def test_what_cannot_be_weighed_is_refused():
 def test_a_ramp_rises_in_a_straight_line_and_stays():
     ramp = Ramp(0.25)
     assert ramp(torch.tensor(4.0)) == 0.0
-    for progress, factor in [(0.0, 0.0), (0.125, 0.5), (0.25, 1.0), (1.0, 1.0), (0.0, 0.0)]:  # the last: a second train()
+    for progress, factor in [
+        (0.0, 0.0),
+        (0.125, 0.5),
+        (0.25, 1.0),
+        (1.0, 1.0),
+        (0.0, 0.0),
+    ]:  # the last: a second train()
         ramp.update(progress)
         assert ramp(torch.tensor(4.0)) == pytest.approx(4.0 * factor)
     assert list(ramp.state_dict()) == ["factor"]

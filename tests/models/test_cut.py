@@ -156,3 +156,19 @@ def test_wrong_layers_are_refused(arguments, message):
     teacher = BertForSequenceClassification(BertConfig(**TEXT))
     with pytest.raises(ValueError, match=message):
         student_from_teacher(teacher, **arguments)
+
+
+def test_the_head_follows_the_data_sets_order():
+    config = BertConfig(
+        vocab_size=30, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        id2label={0: "no", 1: "yes", 2: "maybe"}, label2id={"no": 0, "yes": 1, "maybe": 2},
+    )  # fmt: skip
+    teacher = BertForSequenceClassification(config).eval()
+    student = student_from_teacher(teacher, num_layers=2, label_names=["yes", "maybe", "no"])
+    tokens = torch.tensor([[1, 2, 3]])
+    torch.testing.assert_close(student(tokens).logits, teacher(tokens).logits[:, [1, 2, 0]])
+    assert student.config.id2label == {0: "yes", 1: "maybe", 2: "no"}
+    with pytest.raises(ValueError, match="classes of the teacher are not the student's"):
+        student_from_teacher(teacher, num_layers=1, label_names=["a", "b", "c"])
+    with pytest.raises(ValueError, match="the teacher has 3 classes, the data 2"):
+        student_from_teacher(teacher, num_layers=1, label_names=["no", "yes"])

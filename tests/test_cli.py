@@ -1,0 +1,55 @@
+"""Command lines: flags from a file."""
+
+from dataclasses import dataclass, field
+
+import pytest
+
+from hfkd.cli import parse_arguments
+from hfkd.distillers import make_distiller
+
+
+@dataclass
+class Options:
+    strategy: str = field(default="epoch")
+    flag: bool = field(default=False)
+    rate: float = field(default=1.0)
+    kwargs: str = field(default="{}")
+
+
+def parse(tmp_path, text, *words, name="config.yaml"):
+    path = tmp_path / name
+    path.write_text(text)
+    return parse_arguments([Options], [str(path), *words])[0]
+
+
+def test_words_that_yaml_takes_for_booleans_stay_words(tmp_path):
+    assert parse(tmp_path, "strategy: no\nflag: true\nrate: 1e-3\n") == Options("no", True, 1e-3)
+
+
+def test_json_tables_and_overriding_flags(tmp_path):
+    options = parse(tmp_path, '{"rate": 2, "kwargs": {"gamma": 0.3}, "strategy": null}', "--rate", "3", name="c.json")
+    assert options == Options(rate=3.0, kwargs='{"gamma": 0.3}')
+
+
+@pytest.mark.parametrize(("text", "message"), [("- a\n", "must hold a table"), ("a: [", "neither YAML nor JSON")])
+def test_other_files_are_refused(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message):
+        parse(tmp_path, text)
+
+
+def test_unknown_flags_are_refused(tmp_path, capsys):
+    with pytest.raises(ValueError, match="ratio"):
+        parse(tmp_path, "ratio: 1\n")
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="none.yaml"):
+        parse_arguments([Options], [str(tmp_path / "none.yaml")])
+
+
+def test_a_distiller_is_found_in_any_case_and_its_arguments_are_checked():
+    assert make_distiller("WtTm", gamma=0.2).gamma == 0.2
+    with pytest.raises(ValueError, match="unknown distiller 'wtm': choose one of KD, "):
+        make_distiller("wtm")
+    with pytest.raises(ValueError, match=r"KD\(alpha.*cannot be made so.*gamma"):
+        make_distiller("kd", gamma=1)
