@@ -24,7 +24,7 @@ class ModelOutputs:
     Attributes:
         logits: (B, C) unnormalised scores: what methods match.
         task_logits: (B, C) scores that cross-entropy and evaluation use. The module sets them once, from the outermost
-            distiller's :meth:`Distiller.task_logits`; wrappers leave them alone. Of teachers only a trained one has them.
+            distiller's :meth:`Distiller.task_logits`; wrappers leave them alone. Only a trained teacher has them.
         features: Captured module outputs by path, as named in ``student_layers`` and ``teacher_layers``.
     """
 

@@ -34,8 +34,8 @@ def virtual_kd_loss(
         p^d_t = a, \quad p^d_i = \frac{1 - a}{C - 1} \ (i \ne t)
 
     with the label t, the confidence a, and both sides at temperature T: :math:`p^d_T \propto (p^d)^{1/T}`. This is the
-    paper's equation as we read it, with the usual factor T². The authors' code differs from it: there the student is not softened,
-    the teacher is the softmax of p^d/T, and a factor on the term is tuned.
+    paper's equation as we read it, with the usual factor T². The authors' code differs from it: there the student is
+    not softened, the teacher is the softmax of p^d/T, and a factor on the term is tuned.
 
     Args:
         student_logits: Unnormalised scores.
