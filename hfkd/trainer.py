@@ -274,6 +274,8 @@ class DistillationTrainer(Trainer):
             dtype=getattr(torch, dtype) if dtype else None,
             device=self.args.device,
         )
+        if made is not None:  # the method's to update, whatever its precision
+            self.teacher_model = self.teacher.model
 
     def _set_up_distiller(self) -> None:
         """Allocate the method's own parameters and put all that trains into one module."""
