@@ -113,5 +113,5 @@ def head_looks_new(model: nn.Module) -> bool:
     if configured is not None and (bias == 0).all():
         return abs(spread - configured) < 5 * configured / count**0.5
     bound = weight.shape[1] ** -0.5
-    within = weight.abs().max() <= bound and bias.abs().max() <= bound
-    return bool(within) and abs(spread - bound / 3**0.5) < 2.5 * bound / count**0.5
+    fills = 0.9 * bound < weight.abs().max() <= bound and bias.abs().max() <= bound
+    return bool(fills) and abs(spread - bound / 3**0.5) < bound / count**0.5

@@ -367,6 +367,12 @@ def test_a_fresh_cifar_head_is_recognised_and_a_trained_one_is_not():
     assert not head_looks_new(trained)
 
 
+def test_a_small_trained_head_is_not_taken_for_a_fresh_one():
+    head = tiny("bert", num_labels=1, initializer_range=0.02)
+    nn.init.constant_(head.classifier.bias, 0.01)
+    assert not head_looks_new(head)
+
+
 def test_teacher_and_student_that_share_weights_are_refused(tmp_path):
     student, teacher = tiny("bert"), tiny_teacher("bert")
     student.bert.embeddings = teacher.bert.embeddings

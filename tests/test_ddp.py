@@ -73,6 +73,8 @@ def test_a_second_train_equals_one_process(two_processes, one_process):
 
 def test_resume_in_mid_epoch_is_exact_on_two_processes(two_processes):
     ranks = two_processes["resume"]
+    if "upstream" in ranks[0]:
+        pytest.skip(ranks[0]["upstream"])
     assert [result["difference"] for result in ranks] == [0.0, 0.0]
     assert_identical(ranks[0]["weights"], ranks[1]["weights"])
 
