@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, IterableDataset, Subset
 from transformers import PretrainedConfig, TrainingArguments
 
 from hfkd.distillers.base import IGNORE_INDEX, Distiller
-from hfkd.teacher import align_labels, head_looks_new, named_labels
+from hfkd.labels import align_labels, head_looks_new, named_labels
 
 
 def problem_type_of(model: nn.Module) -> str:

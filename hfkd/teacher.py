@@ -1,9 +1,8 @@
-"""Where teacher outputs come from, and whether teacher and student mean the same by class i."""
+"""Where teacher outputs come from."""
 
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -64,54 +63,3 @@ class Teacher:
         if self.label_order is None:
             return outputs
         return replace(outputs, logits=outputs.logits[:, self.label_order])
-
-
-def named_labels(config) -> list[str] | None:
-    """The class names of a configuration, None where they are placeholders such as LABEL_0."""
-    names = [str(config.id2label[i]) for i in range(config.num_labels)]
-    return None if all(re.fullmatch(r"LABEL_\d+", name) for name in names) else names
-
-
-def align_labels(own: Sequence[str] | None, other: Sequence[str] | None, *, whose: str) -> list[int] | None:
-    """For each class of ``own`` its index in ``other``; None where the orders agree or one side has no names.
-
-    Args:
-        own: Names to follow (the student's).
-        other: Names to reorder.
-        whose: Whom ``other`` belongs to, for the message.
-
-    Raises:
-        ValueError: If the names are not the same set.
-    """
-    if own is None or other is None:
-        return None
-    own, other = ([name.strip().lower() for name in names] for names in (own, other))
-    if own == other:
-        return None
-    if sorted(own) != sorted(other) or len(set(own)) < len(own):
-        only = sorted(set(other) - set(own))[:5], sorted(set(own) - set(other))[:5]
-        raise ValueError(
-            f"the classes of {whose} are not the student's: only there {only[0]}, only in the student {only[1]}. "
-            "Distil between models of the same classes, or set id2label on both to the same names"
-        )
-    return [other.index(name) for name in own]
-
-
-def head_looks_new(model: nn.Module) -> bool:
-    """Whether a classifier's last layer is as an initialiser leaves it.
-
-    Recognised are transformers' (zero bias, normal weights of the configured spread) and PyTorch's (both uniform up
-    to 1/sqrt(inputs)). Training moves every bias off zero and weights past that bound, so a false alarm is unlikely;
-    loading a teacher through ``hfkd.models.load_model(..., refuse_new_head=True)`` is exact.
-    """
-    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    if not linear or linear[-1].bias is None:
-        return False
-    weight, bias = linear[-1].weight.detach().float(), linear[-1].bias.detach().float()
-    spread, count = weight.std().item(), weight.numel()
-    configured = getattr(getattr(model, "config", None), "initializer_range", None)
-    if configured is not None and (bias == 0).all():
-        return abs(spread - configured) < 5 * configured / count**0.5
-    bound = weight.shape[1] ** -0.5
-    fills = 0.9 * bound < weight.abs().max() <= bound and bias.abs().max() <= bound
-    return bool(fills) and abs(spread - bound / 3**0.5) < bound / count**0.5

@@ -28,7 +28,7 @@ from torch.utils.data import IterableDataset
 from hfkd import DistillationTrainer, DistillationTrainingArguments
 from hfkd.checks import check_processes
 from hfkd.distillers import KD, TTM, StudentAlone, Wrapper
-from hfkd.teacher import align_labels, head_looks_new
+from hfkd.labels import align_labels, head_looks_new
 
 
 NAMES = ["cat", "dog", "owl", "fox", "bee"]

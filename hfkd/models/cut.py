@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hfkd.teacher import align_labels, named_labels
+from hfkd.labels import align_labels, named_labels
 
 
 MODEL_TYPES = ("bert", "distilbert", "roberta", "vit", "deit")
