@@ -10,7 +10,7 @@ endif
 
 .PHONY: demo test lint clean
 
-demo: $(INSTALLED)  ## teach a small net on scikit-learn's digits: about 4 minutes
+demo: $(INSTALLED)  ## teach a small net on scikit-learn's digits: 2 to 4 minutes
 	$(RUN)/python scripts/demo.py
 
 test: $(INSTALLED)  ## the whole suite
