@@ -60,4 +60,4 @@ def two_processes(launch, tmp_path_factory):
     output = (folder / "output.txt").read_text()
     assert output.startswith("exit status 0\n"), output
     names = {file.stem.rpartition("-")[0] for file in folder.glob("*.pt")}
-    return {name: [torch.load(folder / f"{name}-{rank}.pt", weights_only=False) for rank in (0, 1)] for name in names}
+    return {name: [torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for rank in (0, 1)] for name in names}

@@ -447,7 +447,7 @@ def test_trap_19_torchrun_and_accelerate_launch_link_two_processes(two_processes
     )
     assert done.returncode == 0, done.stderr
     for rank, expected in enumerate(two_processes["learnable_all_used"]):
-        result = torch.load(tmp_path / f"learnable_all_used-{rank}.pt", weights_only=False)
+        result = torch.load(tmp_path / f"learnable_all_used-{rank}.pt", weights_only=True)
         assert (result["processes"], result["type"]) == (2, "MULTI_CPU")
         assert_identical(result["weights"], expected["weights"])
 
