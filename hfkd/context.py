@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 
 if TYPE_CHECKING:
@@ -65,13 +67,37 @@ class DistillationContext:
         """Whether this process writes files and shows progress bars."""
         return self._trainer.is_world_process_zero()
 
-    def gather(self, tensor: Tensor) -> Tensor:
-        """Concatenate a tensor of equal shape from all processes along its first dimension."""
-        return self._trainer.accelerator.gather(tensor)
+    @property
+    def output_dir(self) -> str:
+        """The run's folder."""
+        return self._trainer.args.output_dir
 
-    def loader(self, dataset: Dataset) -> DataLoader:
-        """Batches of a dataset in order, un-augmented, collated as in training, shared out over the processes."""
-        return self._trainer.get_test_dataloader(getattr(dataset, "without_augmentation", lambda: dataset)())
+    @property
+    def epochs(self) -> int:
+        """Epochs of the whole run, the last one perhaps in part."""
+        return math.ceil(self._trainer.state.num_train_epochs)
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Concatenate a tensor from all processes along its first dimension, which may differ between them."""
+        accelerator = self._trainer.accelerator
+        if accelerator.num_processes == 1:
+            return tensor
+        sizes = accelerator.gather(torch.tensor([len(tensor)], device=self.device)).tolist()
+        padding = tensor.new_zeros(max(sizes) - len(tensor), *tensor.shape[1:])
+        parts = accelerator.gather(torch.cat([tensor, padding])).chunk(len(sizes))
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    def batches(self, dataset: Dataset) -> Iterator[dict[str, Tensor]]:
+        """This process's share of a dataset, un-augmented, collated as in training and on the device.
+
+        Process r of W sees rows r, r + W, …: each row comes once. Shares may differ by a row, so that nothing inside
+        the loop may wait for other processes: ``gather`` behind it.
+        """
+        plain = self._plain(dataset)
+        accelerator = self._trainer.accelerator
+        share = range(accelerator.process_index, len(plain), accelerator.num_processes)
+        for batch in self._loader(Subset(plain, share), self._trainer.args.eval_batch_size):
+            yield self._trainer._with_labels(self._trainer._prepare_inputs(batch))
 
     def sample(self, size: int = 2) -> dict[str, Tensor]:
         """The first training samples, un-augmented and collated as in training: enough to learn shapes in ``setup``.
@@ -79,10 +105,16 @@ class DistillationContext:
         Raises:
             ValueError: If there is no training set.
         """
-        dataset = self.train_dataset
-        if dataset is None:
+        if self.train_dataset is None:
             raise ValueError("the distiller measures features on training samples: pass train_dataset=")
-        plain = getattr(dataset, "without_augmentation", lambda: dataset)()
+        plain = self._plain(self.train_dataset)
+        loader = self._loader(Subset(plain, range(min(size, len(plain)))), size)
+        return self._trainer._prepare_inputs(next(iter(loader)))
+
+    def _plain(self, dataset: Dataset) -> Dataset:
+        return getattr(dataset, "without_augmentation", lambda: dataset)()
+
+    def _loader(self, dataset: Dataset, batch_size: int) -> DataLoader:
+        # Not one of Accelerate's: those repeat rows, and keep hold of a loader that is left half-way.
         collate = self._trainer._get_collator_with_removed_columns(self._trainer.data_collator)
-        # Not by `loader`: Accelerate keeps hold of a loader that is left half-way.
-        return self._trainer._prepare_inputs(next(iter(DataLoader(plain, batch_size=size, collate_fn=collate))))
+        return DataLoader(dataset, batch_size=batch_size, collate_fn=collate)

@@ -658,7 +658,7 @@ def test_hooks_come_in_order_with_epoch_and_progress(tmp_path, wrap):
     ]  # fmt: skip
 
 
-def test_the_context_gives_models_data_and_a_loader(tmp_path):
+def test_the_context_gives_models_data_and_batches(tmp_path):
     class Plain(type(rows())):
         def without_augmentation(self):
             return rows("bert", 11)
@@ -671,17 +671,17 @@ def test_the_context_gives_models_data_and_a_loader(tmp_path):
     assert context.teacher is context.teacher_model is None
     assert context.train_dataset is dataset
     assert context.held_out_dataset is held_out
-    batches = list(context.loader(held_out))
+    batches = list(context.batches(held_out))
     assert [len(batch["labels"]) for batch in batches] == [5]
     assert torch.equal(batches[0]["index"], torch.arange(5))
-    seen = torch.cat([context.gather(batch["index"]) for batch in context.loader(dataset)])
+    seen = context.gather(torch.cat([batch["index"] for batch in context.batches(dataset)]))
     assert seen.tolist() == list(range(11))  # in order, of the un-augmented view
 
 
 def test_the_context_gives_the_teacher_to_ask(tmp_path):
     class Ask(KD):
         def on_train_begin(self, context):
-            batch = next(iter(context.loader(context.train_dataset)))
+            batch = next(context.batches(context.train_dataset))
             self.answer, self.batch = context.teacher(batch).logits, batch
 
     distiller, teacher = Ask(), tiny_teacher("bert")
