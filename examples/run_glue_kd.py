@@ -39,7 +39,6 @@ class ModelArguments:
     distiller_kwargs: str = field(default="{}", metadata={"help": "Its arguments, as JSON."})
     train_teacher: bool = field(default=False, metadata={"help": "Fine-tune the teacher on the same labels first."})
     teacher_epochs: float | None = field(default=None, metadata={"help": "Epochs of that; as for the student."})
-    teacher_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of that; likewise."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with a Hub id."})
 
 
@@ -137,7 +136,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
             teacher_args.output_dir = teacher_folder
             if model_args.teacher_epochs is not None:
                 teacher_args.num_train_epochs, teacher_args.max_steps = model_args.teacher_epochs, -1
-            teacher_args.learning_rate = model_args.teacher_learning_rate or args.learning_rate
+            teacher_args.learning_rate = args.teacher_learning_rate or args.learning_rate
             teacher_args.push_to_hub = False
             data = tokenize(raw, teacher_tokenizer, max_length=data_args.max_length)
             teacher_trainer = trainer_for(teacher, data, teacher_tokenizer, teacher_args)

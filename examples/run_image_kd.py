@@ -37,7 +37,6 @@ class ModelArguments:
     student_pretrained: bool = field(default=True, metadata={"help": "Start from weights where the student has any."})
     train_teacher: bool = field(default=False, metadata={"help": "Fine-tune the teacher on the same labels first."})
     teacher_epochs: float | None = field(default=None, metadata={"help": "Epochs of that; as for the student."})
-    teacher_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of that; likewise."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with a Hub id."})
 
 
@@ -162,7 +161,7 @@ def run(
             teacher_args.output_dir = teacher_folder
             if model_args.teacher_epochs is not None:
                 teacher_args.num_train_epochs, teacher_args.max_steps = model_args.teacher_epochs, -1
-            teacher_args.learning_rate = model_args.teacher_learning_rate or args.learning_rate
+            teacher_args.learning_rate = args.teacher_learning_rate or args.learning_rate
             teacher_args.push_to_hub = False
             teacher_trainer, _ = trainer_for(teacher, teacher_name, teacher_args)
             teacher_trainer.train()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
@@ -68,6 +69,11 @@ class DistillationContext:
         return self._trainer.is_world_process_zero()
 
     @property
+    def train_batch_size(self) -> int:
+        """Samples of a micro-batch on this process."""
+        return self._trainer.args.train_batch_size
+
+    @property
     def output_dir(self) -> str:
         """The run's folder."""
         return self._trainer.args.output_dir
@@ -77,10 +83,15 @@ class DistillationContext:
         """Epochs of the whole run, the last one perhaps in part."""
         return math.ceil(self._trainer.state.num_train_epochs)
 
+    @property
+    def processes(self) -> int:
+        """How many processes train together."""
+        return self._trainer.accelerator.num_processes
+
     def gather(self, tensor: Tensor) -> Tensor:
         """Concatenate a tensor from all processes along its first dimension, which may differ between them."""
         accelerator = self._trainer.accelerator
-        if accelerator.num_processes == 1:
+        if self.processes == 1:
             return tensor
         sizes = accelerator.gather(torch.tensor([len(tensor)], device=self.device)).tolist()
         padding = tensor.new_zeros(max(sizes) - len(tensor), *tensor.shape[1:])
@@ -95,21 +106,33 @@ class DistillationContext:
         """
         plain = self._plain(dataset)
         accelerator = self._trainer.accelerator
-        share = range(accelerator.process_index, len(plain), accelerator.num_processes)
+        share = range(accelerator.process_index, len(plain), self.processes)
         for batch in self._loader(Subset(plain, share), self._trainer.args.eval_batch_size):
             yield self._trainer._with_labels(self._trainer._prepare_inputs(batch))
 
+    def take(self, dataset: Dataset, rows: Sequence[int]) -> dict[str, Tensor]:
+        """Some rows of a dataset as one batch, un-augmented, collated as in training and on the device."""
+        batch = next(iter(self._loader(Subset(self._plain(dataset), rows), len(rows))))
+        return self._trainer._with_labels(self._trainer._prepare_inputs(batch))
+
     def sample(self, size: int = 2) -> dict[str, Tensor]:
-        """The first training samples, un-augmented and collated as in training: enough to learn shapes in ``setup``.
+        """The first training samples: enough to learn shapes in ``setup``; see :meth:`take`.
 
         Raises:
             ValueError: If there is no training set.
         """
         if self.train_dataset is None:
             raise ValueError("the distiller measures features on training samples: pass train_dataset=")
-        plain = self._plain(self.train_dataset)
-        loader = self._loader(Subset(plain, range(min(size, len(plain)))), size)
-        return self._trainer._prepare_inputs(next(iter(loader)))
+        return self.take(self.train_dataset, range(min(size, len(self.train_dataset))))
+
+    def align_buffers(self, model: nn.Module) -> None:
+        """Give a model's buffers the values of the first process, as DDP will do at the next forward.
+
+        BatchNorm's statistics differ between processes until then.
+        """
+        if self.processes > 1:
+            for buffer in model.buffers():
+                broadcast(buffer)
 
     def _plain(self, dataset: Dataset) -> Dataset:
         return getattr(dataset, "without_augmentation", lambda: dataset)()
@@ -117,4 +140,5 @@ class DistillationContext:
     def _loader(self, dataset: Dataset, batch_size: int) -> DataLoader:
         # Not one of Accelerate's: those repeat rows, and keep hold of a loader that is left half-way.
         collate = self._trainer._get_collator_with_removed_columns(self._trainer.data_collator)
-        return DataLoader(dataset, batch_size=batch_size, collate_fn=collate)
+        # With a generator of its own, or it would draw a seed from the one that training uses.
+        return DataLoader(dataset, batch_size=batch_size, collate_fn=collate, generator=torch.Generator())

@@ -333,7 +333,20 @@ class DistillationTrainer(Trainer):
             group["params"] = [parameter for parameter in group["params"] if id(parameter) not in known]
             if group["params"]:
                 optimizer.add_param_group(group)
+        if self._module.teacher is not None and getattr(self.args, "teacher_learning_rate", None) is not None:
+            self._set_learning_rate(optimizer, self._module.teacher, self.args.teacher_learning_rate)
         return optimizer
+
+    @staticmethod
+    def _set_learning_rate(optimizer: torch.optim.Optimizer, model: nn.Module, learning_rate: float) -> None:
+        """Move a model's parameters into groups of their own, alike but for the learning rate."""
+        own = {id(parameter) for parameter in model.parameters()}
+        for group in list(optimizer.param_groups):
+            theirs = [parameter for parameter in group["params"] if id(parameter) in own]
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
+            if theirs:
+                optimizer.add_param_group({**group, "params": theirs, "lr": learning_rate})
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
 
     def _distiller_groups(self) -> list[dict[str, Any]]:
         """Parameter groups of the distiller: its own learning rate, no decay of scalars and vectors."""

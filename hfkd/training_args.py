@@ -30,6 +30,9 @@ class DistillationTrainingArguments(TrainingArguments):
             "choices": ["float32", "bfloat16", "float16"],
         },
     )
+    teacher_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of a teacher that learns too; the student's by default."}
+    )
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Leave NaN and Inf out of the logged loss; synchronises at every step."}
     )
@@ -37,10 +40,10 @@ class DistillationTrainingArguments(TrainingArguments):
     def __post_init__(self):
         super().__post_init__()
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
-        if self.distiller_learning_rate is not None and not self.distiller_learning_rate > 0:
-            raise ValueError(
-                f"distiller_learning_rate must be positive, got {self.distiller_learning_rate}: "
-                "leave it out for the method's default"
-            )
+        defaults = {"distiller_learning_rate": "the method's default", "teacher_learning_rate": "the student's"}
+        for name, default in defaults.items():
+            rate = getattr(self, name)
+            if rate is not None and not rate > 0:
+                raise ValueError(f"{name} must be positive, got {rate}: leave it out for {default}")
         if self.teacher_dtype not in (None, "float32", "bfloat16", "float16"):
             raise ValueError(f"teacher_dtype must be float32, bfloat16 or float16, got {self.teacher_dtype!r}")

@@ -1,0 +1,416 @@
+"""Knowledge distillation with adaptive influence weights (KD-AIF)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import datasets
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hfkd.checks import dataset_labels
+from hfkd.distillers.base import IGNORE_INDEX, Distiller, ModelOutputs, Wrapper
+from hfkd.distillers.crd import _index_and_labels
+from hfkd.distillers.kd import KD, kd_loss
+from hfkd.features import base_model, find_module, head_path, in_float32, run_model, select_inputs, try_out
+from hfkd.influence import (
+    directional_derivatives,
+    ekfac_influence,
+    forward_mode_ready,
+    inverse_hessian_product,
+    last_layer_influence,
+    mean_gradient,
+)
+
+
+TABLE_FOLDER = "influence"
+
+
+class _SampleLosses(nn.Module):
+    """The loss of each sample of a batch, (B,), as a function that forward-mode differentiation can go through.
+
+    Args:
+        student: The model whose parameters the losses depend on.
+        distiller: Whose terms are summed; None is the cross-entropy of :meth:`Distiller.task_logits`.
+        task: Where ``task_logits`` come from.
+        teacher: Gives teacher outputs for a batch.
+    """
+
+    def __init__(self, student, distiller, task, teacher):
+        super().__init__()
+        self.student, self.distiller = student, distiller
+        self.others = task, teacher  # in a tuple, which does not make them parts
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        return self.of_outputs(self.outputs(batch), batch)
+
+    def outputs(self, batch: Mapping[str, Tensor], more_layers: tuple[str, ...] = ()) -> ModelOutputs:
+        layers = () if self.distiller is None else self.distiller.student_layers
+        return in_float32(run_model(self.student, batch, layers=(*layers, *more_layers)))
+
+    def of_outputs(self, student: ModelOutputs, batch: Mapping[str, Tensor]) -> Tensor:
+        task, teacher = self.others
+        student.task_logits = task.task_logits(student)
+        if self.distiller is None:
+            return F.cross_entropy(student.task_logits, batch["labels"], reduction="none")
+        return torch.stack(list(self.distiller(student, teacher(batch), batch).values())).sum(0)
+
+    def functional(self, parameters: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Tensor:
+        named = {f"student.{name}": parameter for name, parameter in parameters.items()}
+        return torch.func.functional_call(self, named, (batch,))
+
+
+class _Batches(nn.Module):
+    """A list of batches as buffers: saved and restored whatever their number and shapes."""
+
+    def replace(self, batches: list[dict[str, Tensor]]) -> None:
+        for name in list(self._buffers):
+            del self._buffers[name]
+        for i, batch in enumerate(batches):
+            for name, tensor in batch.items():
+                self.register_buffer(f"{i}/{name}", tensor)
+
+    def get(self, i: int) -> dict[str, Tensor]:
+        """Batch i; empty where there is none."""
+        prefix = f"{i}/"
+        return {name.removeprefix(prefix): tensor for name, tensor in self._buffers.items() if name.startswith(prefix)}
+
+    def _load_from_state_dict(self, state_dict, prefix, *others):
+        own = {name.removeprefix(prefix): t.clone() for name, t in state_dict.items() if name.startswith(prefix)}
+        self._buffers.clear()
+        self._buffers.update(own)
+
+
+def _with_ones(features: Tensor, head: nn.Linear) -> Tensor:
+    """The inputs of a linear layer with a column of ones where it has a bias."""
+    return features if head.bias is None else F.pad(features, (0, 1), value=1.0)
+
+
+def _summing(context) -> Callable[[Tensor], Tensor]:
+    return lambda tensor: context.gather(tensor[None]).sum(0)
+
+
+class KDAIF(Wrapper):
+    r"""Weights every training sample by its influence on held-out data, over any method with terms per sample.
+
+    .. math:: \frac{1}{B} \sum_i w_i \, \ell_i, \qquad \varphi_i = -g_\text{val}^\top (H + \delta I)^{-1} g_i, \qquad
+        w_i \propto \frac{1}{1 + e^{k \varphi_i / (\max \varphi - \min \varphi)}}
+
+    :math:`\ell_i` is the loss of the base method (KD: :math:`(1 - \lambda) \mathrm{CE} + \lambda T^2 \mathrm{KL}`),
+    :math:`g_i` its gradient at the student for the un-augmented sample, :math:`g_\text{val}` that of the mean
+    cross-entropy on ``held_out_dataset``. φ < 0 helps, φ > 0 harms. A sample without a label has the influence of its
+    distillation terms. Weights are found at the start of an epoch for the whole training set and kept until the next
+    refresh; before the first they are 1. They are buffers, and resume with the run.
+
+    Each refresh writes ``influence/epoch-NNN.parquet`` into the output folder, with the columns ``index``, ``label``
+    (as it was trained on), ``influence``, ``weight`` and ``epoch``. Costs, per refresh, a pass of student and teacher
+    over the training and the held-out set (``layers="last"``), or about three passes of the student
+    (``layers="all"``); :func:`~hfkd.influence.inverse_hessian_product` and
+    :func:`~hfkd.influence.ekfac_influence` more.
+
+    Args:
+        base: The method to weigh; ``KD()`` by default. Its terms must be per sample.
+        layers: Which parameters count: ``"last"``, the final linear layer in closed form, or ``"all"``, by one
+            forward-mode pass.
+        hessian: ``"identity"`` (first order), ``"lissa"`` or ``"ekfac"`` (all linear and convolution layers; needs
+            ``pip install "hfkd[influence]"``).
+        damping: δ, for ``"lissa"`` and ``"ekfac"``.
+        weighting: ``"sigmoid"`` or ``"exp_minmax"``; see :func:`influence_weights`.
+        sharpness: k of the sigmoid; 10.
+        teacher_update: What the teacher does: ``"none"``, frozen; ``"weighted"``, it learns from
+            :math:`w_i \mathrm{CE}`; ``"meta"``, also from Meta Pseudo Labels: one step late,
+            :math:`(R_\text{val}^\text{old} - R_\text{val}^\text{new}) \cdot \mathrm{CE}(p^T, \hat y)` on the batch of
+            the student's step and the teacher's own answers :math:`\hat y` to it. The risk is measured on one
+            held-out batch a step, with the student in evaluation mode. Trains on one process only.
+        refresh_epochs: Epochs between refreshes.
+        warm_up: Share of training with weights of 1 before the first refresh; our choice.
+
+    Raises:
+        ValueError: If an argument is out of range or the base couples the samples of a batch; at setup without
+            ``held_out_dataset`` or with unlabelled samples in it, without a training set, if ``layers="last"`` and the
+            student ends in no linear layer, or with ``teacher_update="meta"`` on several processes.
+
+    Source: arXiv 2501.02705, equations partly our reading: the released example's sign of φ differs between its
+    notebooks and its queries are test images. Koh and Liang 2017, arXiv 1703.04730, for φ; Pham et al. 2021, arXiv
+    2003.10580, for Meta Pseudo Labels.
+    """
+
+    batch_columns = ("index",)
+    needs_hard_labels = True
+
+    def __init__(
+        self,
+        base: Distiller | None = None,
+        *,
+        layers: str = "last",
+        hessian: str = "identity",
+        damping: float = 0.01,
+        weighting: str = "sigmoid",
+        sharpness: float = 10.0,
+        teacher_update: str = "none",
+        refresh_epochs: int = 1,
+        warm_up: float = 0.1,
+    ):
+        super().__init__(KD() if base is None else base)
+        if self.batch_coupled:
+            raise ValueError(
+                f"KDAIF weighs samples, and {type(self.base).__name__} mixes the samples of a batch: wrap a method "
+                "with terms per sample, such as KD() or WTTM()"
+            )
+        for name, value, choices in (
+            ("layers", layers, ("last", "all")),
+            ("hessian", hessian, ("identity", "lissa", "ekfac")),
+            ("teacher_update", teacher_update, ("none", "weighted", "meta")),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        if hessian == "ekfac" and layers == "last":
+            raise ValueError('hessian="ekfac" is over all linear and convolution layers: use layers="all"')
+        if not damping >= 0:
+            raise ValueError(f"damping must not be negative, got {damping}: 0.01 is the default")
+        influence_weights(torch.zeros(2), weighting=weighting, sharpness=sharpness)  # checks them
+        if refresh_epochs < 1:
+            raise ValueError(f"refresh_epochs must be at least 1, got {refresh_epochs}: 1 refreshes at every epoch")
+        if not 0 <= warm_up < 1:
+            raise ValueError(f"warm_up must lie in [0, 1), got {warm_up}: it is a share of training, 0 is no warm-up")
+        if teacher_update != "none" and (self.trains_teacher or not self.needs_teacher):
+            raise ValueError(
+                f"teacher_update={teacher_update!r} trains the teacher that the user passes, and "
+                f"{type(self.base).__name__} trains or makes its own, or has none: use KD() as the base"
+            )
+        self.layers, self.hessian, self.damping = layers, hessian, damping
+        self.weighting, self.sharpness = weighting, sharpness
+        self.teacher_update = teacher_update
+        self.trains_teacher = self.trains_teacher or teacher_update != "none"
+        self.refresh_epochs, self.warm_up = refresh_epochs, warm_up
+
+    def setup(self, context):
+        super().setup(context)
+        if context.held_out_dataset is None:
+            raise ValueError(
+                "KDAIF measures influence on held-out samples: pass held_out_dataset=, a split that is neither trained "
+                "on nor tested on (in the examples: --held_out_fraction 0.1)"
+            )
+        held_out = dataset_labels(context.held_out_dataset)
+        if held_out is not None and (held_out == IGNORE_INDEX).any():
+            raise ValueError("the held-out set has samples without a label, which show no risk: remove them")
+        index, _ = _index_and_labels(context.train_dataset)
+        index = torch.from_numpy(index).sort().values
+        self.register_buffer("sample_index", index, persistent=False)
+        self.register_buffer("influence", torch.zeros(len(index)))
+        self.register_buffer("weights", torch.ones(len(index)))
+        self.register_buffer("refreshed", torch.tensor(-1))  # the epoch of the latest refresh
+        if self.layers == "last":
+            self._check_last_layer(context)
+        if self.teacher_update == "meta":
+            if context.processes > 1:
+                raise ValueError(
+                    'teacher_update="meta" keeps the batch of the latest step, which differs between processes: train '
+                    'on one process, or use "weighted"'
+                )
+            self._teacher = (context.teacher_model,)  # in a tuple, which does not make it a part of the method
+            self._seen: list[dict[str, Tensor]] = []
+            self.kept = _Batches()
+            self.register_buffer("risk", torch.tensor(torch.nan))  # of the student before its step; NaN: none yet
+            self.register_buffer("gain", torch.tensor(0.0))
+            self.register_buffer("turn", torch.tensor(0))
+
+    def _rows(self, index: Tensor) -> Tensor:
+        return torch.searchsorted(self.sample_index, index)
+
+    # Loss
+
+    def forward(self, student, teacher, batch):
+        weight = self.weights[self._rows(batch["index"])]
+        return {name: weight * term for name, term in super().forward(student, teacher, batch).items()}
+
+    def teacher_terms(self, teacher, student, batch):
+        if self.teacher_update == "none":
+            weight = self.weights[self._rows(batch["index"])]
+            return {name: weight * term for name, term in super().teacher_terms(teacher, student, batch).items()}
+        weight = self.weights[self._rows(batch["index"])]
+        terms = {"teacher_task": weight * self.hard_label_loss(teacher.logits, batch["labels"])}
+        if self.teacher_update == "meta":
+            terms["teacher_meta"] = self._meta_term(teacher, batch)
+        return terms
+
+    def _meta_term(self, teacher: ModelOutputs, batch: Mapping[str, Tensor]) -> Tensor:
+        model = self._teacher[0]
+        inputs = select_inputs(model, batch, prefix="teacher_")
+        earlier = self.kept.get(len(self._seen))
+        self._seen.append({**inputs, "answers": teacher.logits.detach().argmax(-1)})
+        if not earlier:
+            return torch.zeros_like(teacher.logits[:, 0])
+        logits = in_float32(run_model(model, earlier)).logits
+        return self.gain * F.cross_entropy(logits, earlier["answers"], reduction="none")
+
+    def logged_values(self):
+        # How many samples would weigh as much in equal parts, as a share of all.
+        effective = self.weights.sum() ** 2 / self.weights.square().sum() / len(self.weights)
+        return {**super().logged_values(), "effective_samples": effective}
+
+    # Refreshing
+
+    def on_train_begin(self, context):
+        super().on_train_begin(context)
+        if self.teacher_update == "meta":
+            self._seen.clear()
+            if self.risk.isnan():
+                self.risk.copy_(self._held_out_risk(context))
+
+    def on_epoch_begin(self, context):
+        super().on_epoch_begin(context)
+        epoch, latest = context.epoch, int(self.refreshed)
+        is_warm = epoch / context.epochs >= self.warm_up
+        # A run that resumes within an epoch comes here again: its weights are in the checkpoint.
+        if is_warm and epoch > latest and (latest < 0 or epoch - latest >= self.refresh_epochs):
+            self.refresh(context)
+
+    def on_step_end(self, context):
+        super().on_step_end(context)
+        if self.teacher_update == "meta":
+            self.gain.copy_(self.risk - self._held_out_risk(context))
+            self.turn += 1
+            self.risk.copy_(self._held_out_risk(context))
+            self.kept.replace(self._seen)
+            self._seen = []
+
+    def refresh(self, context) -> None:
+        """Measure the influence of all training samples, set the weights by it and write the table."""
+        index, labels, influence = (context.gather(part) for part in self._measure(context))
+        order = index.argsort()
+        index, labels, influence = index[order], labels[order], influence[order]
+        rows = self._rows(index)
+        self.influence[rows] = influence.to(self.influence)
+        self.weights[rows] = influence_weights(
+            self.influence[rows], weighting=self.weighting, sharpness=self.sharpness
+        )
+        self.refreshed.fill_(context.epoch)
+        if context.is_main_process:
+            columns = {"index": index, "label": labels, "influence": influence, "weight": self.weights[rows]}
+            table = datasets.Dataset.from_dict({name: column.cpu().numpy() for name, column in columns.items()})
+            table = table.add_column("epoch", [context.epoch] * len(table))
+            path = Path(context.output_dir, TABLE_FOLDER, f"epoch-{context.epoch:03d}.parquet")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            table.to_parquet(path.with_suffix(".part"))
+            path.with_suffix(".part").replace(path)
+
+    def _measure(self, context) -> tuple[Tensor, Tensor, Tensor]:
+        """Index, label and influence of this process's share of the training set."""
+        with self._at_rest(context) as (train_losses, held_out_losses):
+            index, labels = [], []
+
+            def train() -> Iterator[dict[str, Tensor]]:
+                index.clear()
+                labels.clear()
+                for batch in context.batches(context.train_dataset):
+                    index.append(batch["index"])
+                    labels.append(batch["labels"])
+                    yield batch
+
+            def held_out() -> Iterator[dict[str, Tensor]]:
+                return context.batches(context.held_out_dataset)
+
+            if self.layers == "last":
+                influence = self._of_last_layer(context, train_losses, held_out_losses, train, held_out)
+            else:
+                influence = self._of_all_layers(context, train_losses, held_out_losses, train, held_out)
+        return torch.cat(index), torch.cat(labels), influence
+
+    @contextmanager
+    def _at_rest(self, context) -> Iterator[tuple[_SampleLosses, _SampleLosses]]:
+        """The losses of training and of held-out samples, with all models in evaluation mode."""
+
+        @torch.no_grad()
+        def teacher(batch: Mapping[str, Tensor]) -> ModelOutputs | None:
+            if context.teacher is not None:
+                return in_float32(context.teacher(batch))
+            if context.teacher_model is None:
+                return None
+            layers = self.base.teacher_layers
+            return in_float32(run_model(context.teacher_model, batch, layers=layers, prefix="teacher_"))
+
+        student = context.student
+        context.align_buffers(student)
+        models = [model for model in (student, context.teacher_model, self.base) if model is not None]
+        training = {module: module.training for model in models for module in model.modules()}
+        try:
+            for model in models:
+                model.eval()
+            yield (
+                _SampleLosses(student, self.base, self.base, teacher),
+                _SampleLosses(student, None, self.base, teacher),
+            )
+        finally:
+            for module, mode in training.items():
+                module.training = mode
+
+    def _of_last_layer(self, context, train_losses, held_out_losses, train, held_out) -> Tensor:
+        student = context.student
+        head = find_module(base_model(student), head_path(student))
+        total = sum(residual.T @ _with_ones(features, head) for residual, features in self._residuals(held_out_losses, held_out()))
+        direction = context.gather(total[None]).sum(0) / len(context.held_out_dataset)
+        if self.hessian == "lissa":
+            own = {id(parameter) for parameter in head.parameters()}
+            parameters = {name: p.detach() for name, p in student.named_parameters() if id(p) in own}
+            parts = direction.split([head.in_features, direction.shape[1] - head.in_features], 1)
+            vector = {name: part.reshape(p.shape) for (name, p), part in zip(parameters.items(), parts, strict=False)}
+            solved = self._inverse_product(context, train_losses, parameters, train, vector)
+            direction = torch.cat([part.reshape(len(direction), -1) for part in solved.values()], 1)
+        return torch.cat(
+            [
+                last_layer_influence(residual, features, direction)
+                for residual, features in self._residuals(train_losses, train())
+            ]
+        )
+
+    def _of_all_layers(self, context, train_losses, held_out_losses, train, held_out) -> Tensor:
+        student = context.student
+        parameters = {name: p.detach() for name, p in student.named_parameters() if p.requires_grad}
+        if self.hessian == "ekfac":
+            return ekfac_influence(student, train_losses, held_out_losses, train, held_out, damping=self.damping)
+        with forward_mode_ready(student):
+            direction = mean_gradient(held_out_losses.functional, parameters, held_out, reduce=_summing(context))
+            if self.hessian == "lissa":
+                direction = self._inverse_product(context, train_losses, parameters, train, direction)
+            return -directional_derivatives(train_losses.functional, parameters, train, direction)
+
+    def _inverse_product(self, context, losses, parameters, batches, vector) -> dict[str, Tensor]:
+        return inverse_hessian_product(
+            losses.functional, parameters, batches, vector, damping=self.damping, reduce=_summing(context)
+        )
+
+    def _residuals(self, losses: _SampleLosses, batches) -> Iterator[tuple[Tensor, Tensor]]:
+        """Gradients of the losses by the logits, (B, C), and the inputs of the last layer, (B, D), by batch."""
+        layer = f"{head_path(losses.student)}:input"
+        for batch in batches:
+            with torch.no_grad():
+                outputs = losses.outputs(batch, (layer,))
+            with torch.enable_grad():
+                logits = outputs.logits.requires_grad_()
+                (residual,) = torch.autograd.grad(losses.of_outputs(outputs, batch).sum(), logits)
+            yield residual, outputs.features[layer]
+
+    def _check_last_layer(self, context) -> None:
+        student = context.student
+        path = head_path(student)
+        outputs = try_out(student, context.sample(), layers=(f"{path}:input",))
+        features = outputs.features[f"{path}:input"]
+        head = find_module(base_model(student), path)
+        with torch.no_grad():
+            again = F.linear(features, head.weight, head.bias) if features.ndim == 2 else None
+        rounding = torch.finfo(head.weight.dtype).eps ** 0.5
+        if again is None or not torch.allclose(again, outputs.logits, rtol=rounding, atol=rounding):
+            raise ValueError(
+                f"the logits of {type(base_model(student)).__name__} are not the outputs of its last linear layer "
+                f"{path!r} alone, so that the gradient there has no closed form: use layers=\"all\""
+            )
+
+    def _held_out_risk(self, context) -> Tensor:
+        size = min(context.train_batch_size, len(context.held_out_dataset))
+        rows = [(int(self.turn) * size + i) % len(context.held_out_dataset) for i in range(size)]
+        with torch.no_grad(), self._at_rest(context) as (_, losses):
+            return losses(context.take(context.held_out_dataset, rows)).mean()

@@ -1,0 +1,412 @@
+"""KD-AIF: weights from influence, over any method with terms per sample."""
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import assert_identical, logged, make_trainer, rows, tiny, tiny_teacher, weights
+from sklearn.metrics import roc_auc_score
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from hfkd.data import ImageDataset, load_image_data, processor_for
+from hfkd.distillers import CRD, DKD, DML, KD, KDAIF, SP, WTTM, Combined, ModelOutputs, StudentAlone
+from hfkd.features import run_model
+from hfkd.functional import influence_weights, kd_loss
+from hfkd.models import load_model
+
+
+def aif_trainer(folder, distiller, family="cifar", *, n=12, teacher=True, dataset=None, **arguments):
+    data = rows(family, n) if dataset is None else dataset
+    student = tiny(family)
+    return make_trainer(
+        folder,
+        student,
+        tiny_teacher(family) if teacher else None,
+        distiller,
+        data,
+        trainer={"held_out_dataset": rows(family, 7, seed=9)},
+        **{"per_device_train_batch_size": 4, "per_device_eval_batch_size": 5, **arguments},
+    )
+
+
+def gradients_one_by_one(trainer, distiller, parameters):
+    """Gradients of held-out risk and of each training sample's loss, by a backward pass each."""
+    student, teacher = trainer.model.eval(), trainer.teacher_model
+
+    def batch_of(dataset, i):
+        return trainer.context.take(dataset, [i])
+
+    def gradient(loss):
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters, allow_unused=False)])
+
+    held_out, train = trainer.held_out_dataset, trainer.train_dataset
+    risk, per_sample = 0, []
+    for i in range(len(held_out)):
+        batch = batch_of(held_out, i)
+        outputs = run_model(student, batch)
+        risk = risk + F.cross_entropy(distiller.task_logits(outputs), batch["labels"]) / len(held_out)
+    of_risk = gradient(risk)
+    for i in range(len(train)):
+        batch = batch_of(train, i)
+        outputs = run_model(student, batch)
+        outputs.task_logits = distiller.task_logits(outputs)
+        with torch.no_grad():
+            answer = run_model(teacher, batch)
+        terms = distiller.base(outputs, answer, batch)
+        per_sample.append(gradient(sum(terms.values()).sum()))
+    return of_risk, torch.stack(per_sample)
+
+
+def last_parameters(model):
+    head = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+    return list(head.parameters())
+
+
+@pytest.mark.parametrize("layers", ["last", "all"])
+@pytest.mark.parametrize("family", ["cifar", "bert", "vit"])
+def test_influence_is_minus_the_product_of_explicit_gradients(tmp_path, family, layers):
+    data = rows(family, 12)
+    data.columns["labels"][[2, 7]] = -100
+    distiller = KDAIF(WTTM(), layers=layers)
+    trainer = aif_trainer(tmp_path, distiller, family, dataset=data)
+    parameters = last_parameters(trainer.model) if layers == "last" else list(trainer.model.parameters())
+    of_risk, per_sample = gradients_one_by_one(trainer, distiller, parameters)
+    before = weights(trainer.model)
+    distiller.refresh(trainer.context)
+    expected = -per_sample @ of_risk
+    assert expected.abs().min() > 0  # the unlabelled too, by their distillation term
+    torch.testing.assert_close(distiller.influence, expected, rtol=1e-3, atol=1e-5 * expected.abs().max().item())
+    torch.testing.assert_close(distiller.weights, influence_weights(distiller.influence))
+    assert_identical(weights(trainer.model), before)
+
+
+def test_lissa_on_the_last_layer_solves_with_its_hessian(tmp_path):
+    distiller = KDAIF(StudentAlone(), hessian="lissa", damping=0.1)
+    trainer = aif_trainer(tmp_path, distiller, teacher=False)
+    parameters = last_parameters(trainer.model)
+    trainer.model.eval()
+    of_risk, per_sample = _of_student_alone(trainer, parameters)
+    hessian = _hessian(trainer, parameters)
+    solved = torch.linalg.solve(hessian + 0.1 * torch.eye(len(hessian)), of_risk)
+    distiller.refresh(trainer.context)
+    expected = -per_sample @ solved
+    torch.testing.assert_close(distiller.influence, expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item())
+
+
+def _of_student_alone(trainer, parameters):
+    def gradients(dataset):
+        batch = trainer.context.take(dataset, range(len(dataset)))
+        losses = F.cross_entropy(run_model(trainer.model, batch).logits, batch["labels"], reduction="none")
+        each = [torch.autograd.grad(loss, parameters, retain_graph=True) for loss in losses]
+        return torch.stack([torch.cat([part.flatten() for part in gradient]) for gradient in each])
+
+    return gradients(trainer.held_out_dataset).mean(0), gradients(trainer.train_dataset)
+
+
+def _hessian(trainer, parameters):
+    batch = trainer.context.take(trainer.train_dataset, range(len(trainer.train_dataset)))
+    loss = F.cross_entropy(run_model(trainer.model, batch).logits, batch["labels"])
+    flat = torch.cat([part.flatten() for part in torch.autograd.grad(loss, parameters, create_graph=True)])
+    each = [torch.autograd.grad(entry, parameters, retain_graph=True) for entry in flat]
+    return torch.stack([torch.cat([part.flatten() for part in row]) for row in each])
+
+
+def test_terms_are_weighted_by_sample(tmp_path):
+    distiller = KDAIF(KD(alpha=0.5))
+    trainer = aif_trainer(tmp_path, distiller, "bert")
+    distiller.weights.copy_(torch.linspace(0.5, 1.5, 12))
+    student, teacher = torch.randn(2, 3, 5)
+    batch = {"labels": torch.tensor([0, 3, 1]), "index": torch.tensor([11, 0, 4])}
+    outputs = ModelOutputs(student, task_logits=student)
+    weighted, plain = distiller(outputs, ModelOutputs(teacher), batch), KD(alpha=0.5)(outputs, ModelOutputs(teacher), batch)
+    for name, term in plain.items():
+        torch.testing.assert_close(weighted[name], term * distiller.weights[[11, 0, 4]])
+    assert trainer.distiller is distiller
+
+
+def test_before_a_refresh_it_is_its_base(tmp_path):
+    plain = make_trainer(
+        tmp_path, tiny("bert"), tiny_teacher("bert"), KD(), rows("bert", 12), per_device_train_batch_size=4
+    )
+    plain.train()
+    weighted = aif_trainer(tmp_path, KDAIF(warm_up=0.9), "bert")
+    weighted.train()
+    assert_identical(weights(weighted.model), weights(plain.model))
+    assert logged(weighted, "effective_samples") == pytest.approx([1.0] * 3)
+
+
+def test_weights_are_refreshed_on_schedule_and_change_training(tmp_path):
+    seen = []
+
+    class Watched(KDAIF):
+        def refresh(self, context):
+            super().refresh(context)
+            seen.append(context.epoch)
+
+    distiller = Watched(warm_up=0.2, refresh_epochs=2)
+    trainer = aif_trainer(tmp_path, distiller, "bert", max_steps=-1, num_train_epochs=6)
+    trainer.train()
+    assert seen == [2, 4]  # 1/6 of training is not yet 0.2 of it
+    assert logged(trainer, "effective_samples")[-1] < 0.95
+    plain = aif_trainer(tmp_path, KD(), "bert", max_steps=-1, num_train_epochs=6)
+    plain.train()
+    assert not torch.equal(trainer.model.classifier.weight, plain.model.classifier.weight)
+
+
+def test_the_table_is_written_at_each_refresh(tmp_path):
+    data = rows("bert", 12)
+    data.columns["labels"][3] = -100
+    data.columns["index"] = torch.arange(12) * 5 + 100
+    data.index = data.columns["index"].numpy()
+    distiller = KDAIF(warm_up=0.0)
+    trainer = aif_trainer(tmp_path, distiller, "bert", dataset=data, max_steps=-1, num_train_epochs=2)
+    trainer.train()
+    files = sorted((tmp_path / "influence").iterdir())
+    assert [file.name for file in files] == ["epoch-000.parquet", "epoch-001.parquet"]
+    table = datasets.Dataset.from_parquet(str(files[1]), cache_dir=str(tmp_path / "cache"))
+    assert table.column_names == ["index", "label", "influence", "weight", "epoch"]
+    assert table["index"][:] == data.index.tolist()
+    assert table["label"][:] == data.columns["labels"].tolist()
+    assert table["epoch"][:] == [1] * 12
+    np.testing.assert_array_equal(table["influence"][:], distiller.influence.numpy())
+    np.testing.assert_array_equal(table["weight"][:], distiller.weights.numpy())
+
+
+@pytest.mark.parametrize("teacher_update", ["none", "weighted", "meta"])
+@pytest.mark.parametrize("at", [4, 3])  # within the second epoch, and right at its start
+def test_resumed_is_uninterrupted(tmp_path, teacher_update, at):
+    def trainer(folder, **arguments):
+        return aif_trainer(
+            tmp_path / folder,
+            KDAIF(teacher_update=teacher_update, warm_up=0.0),
+            "bert",
+            max_steps=8,
+            save_strategy="steps",
+            save_steps=at,
+            **arguments,
+        )
+
+    whole = trainer("whole")
+    whole.train()
+    half = trainer("half")
+    half.train(resume_from_checkpoint=str(tmp_path / f"whole/checkpoint-{at}"))
+    for one, other in ((whole.model, half.model), (whole.distiller, half.distiller)):
+        assert_identical(weights(one), weights(other))
+    assert_identical(weights(whole.teacher_model), weights(half.teacher_model))
+
+
+class Linear(PreTrainedModel):
+    """One linear layer on vectors."""
+
+    config_class = PretrainedConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.classifier = nn.Linear(4, config.num_labels)
+
+    def forward(self, pixel_values, labels=None):
+        return SequenceClassifierOutput(logits=self.classifier(pixel_values))
+
+
+def linear(seed):
+    torch.manual_seed(seed)
+    model = Linear(PretrainedConfig(num_labels=3))
+    nn.init.normal_(model.classifier.weight)
+    nn.init.normal_(model.classifier.bias)
+    return model
+
+
+class Vectors(type(rows())):
+    pass
+
+
+def vectors(n, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return Vectors(
+        {
+            "pixel_values": torch.randn(n, 4, generator=generator),
+            "labels": torch.randint(0, 3, (n,), generator=generator),
+            "index": torch.arange(n),
+        }
+    )
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_meta_pseudo_labels_as_written_by_hand(tmp_path, accumulation):
+    """Student and teacher step together; the teacher's answer to what its labels did comes one step late."""
+    train, held_out = vectors(8, seed=1), vectors(6, seed=2)
+    size, rate, teacher_rate, steps = 4, 0.5, 0.2, 3
+    student, teacher = linear(3), linear(4)
+    trainer = make_trainer(
+        tmp_path,
+        student,
+        teacher,
+        KDAIF(KD(alpha=0.7, temperature=2.0), teacher_update="meta", warm_up=0.9),
+        train,
+        trainer={"held_out_dataset": held_out},
+        per_device_train_batch_size=size // accumulation,
+        gradient_accumulation_steps=accumulation,
+        learning_rate=rate,
+        teacher_learning_rate=teacher_rate,
+        max_steps=steps,
+        train_sampling_strategy="sequential",
+    )
+    (w, b), (v, c) = ([p.detach().clone() for p in model.parameters()] for model in (student, teacher))
+    trainer.train()
+
+    x, y = train.columns["pixel_values"], train.columns["labels"]
+    held_out_size = size // accumulation
+
+    def risk(w, b, turn):
+        chosen = [(turn * held_out_size + i) % 6 for i in range(held_out_size)]
+        return F.cross_entropy(
+            held_out.columns["pixel_values"][chosen] @ w.T + b, held_out.columns["labels"][chosen]
+        ).item()
+
+    earlier, gain = None, 0.0
+    for step in range(steps):
+        chosen = [(step * size + i) % 8 for i in range(size)]
+        for parameter in (w, b, v, c):
+            parameter.requires_grad_()
+        own, other = x[chosen] @ w.T + b, x[chosen] @ v.T + c
+        student_loss = 0.3 * F.cross_entropy(own, y[chosen]) + 0.7 * kd_loss(own, other.detach(), temperature=2.0)
+        teacher_loss = F.cross_entropy(other, y[chosen])
+        if earlier is not None:
+            teacher_loss = teacher_loss + gain * F.cross_entropy(x[earlier[0]] @ v.T + c, earlier[1])
+        earlier = chosen, other.detach().argmax(-1)
+        of_w, of_b = torch.autograd.grad(student_loss, (w, b))
+        of_v, of_c = torch.autograd.grad(teacher_loss, (v, c))
+        with torch.no_grad():
+            before = risk(w, b, step)
+            w, b = w - rate * of_w, b - rate * of_b
+            v, c = v - teacher_rate * of_v, c - teacher_rate * of_c
+            gain = before - risk(w, b, step)
+    assert abs(gain) > 1e-3
+    torch.testing.assert_close(student.classifier.weight, w)
+    torch.testing.assert_close(teacher.classifier.weight, v)
+    torch.testing.assert_close(teacher.classifier.bias, c)
+    assert logged(trainer, "teacher_meta")[0] == 0
+    assert logged(trainer, "teacher_meta")[1] != 0
+
+
+def test_a_weighted_teacher_learns_from_the_weighted_labels(tmp_path):
+    train, teacher, student = vectors(4, seed=1), linear(4), linear(3)
+    distiller = KDAIF(teacher_update="weighted", warm_up=0.9)
+    trainer = make_trainer(
+        tmp_path,
+        student,
+        teacher,
+        distiller,
+        train,
+        trainer={"held_out_dataset": vectors(6, seed=2)},
+        per_device_train_batch_size=4,
+        max_steps=1,
+    )
+    distiller.weights.copy_(torch.tensor([0.0, 2.0, 1.0, 0.5]))
+    x, y = train.columns["pixel_values"], train.columns["labels"]
+    expected = [p.detach().clone().requires_grad_() for p in teacher.parameters()]
+    per_sample = F.cross_entropy(x @ expected[0].T + expected[1], y, reduction="none")
+    gradient = torch.autograd.grad((distiller.weights * per_sample).mean(), expected[0])[0]
+    trainer.train()
+    torch.testing.assert_close(teacher.classifier.weight, expected[0] - 0.1 * gradient)
+
+
+def test_a_trained_teacher_has_its_own_learning_rate(tmp_path):
+    for rate, moved in ((None, 0.1), (0.3, 0.3)):
+        student, teacher = linear(3), linear(4)
+        start = weights(student, teacher)
+        trainer = make_trainer(
+            tmp_path,
+            student,
+            teacher,
+            KDAIF(StudentAlone() if rate == 0 else KD(alpha=0.0), teacher_update="weighted", warm_up=0.9),
+            vectors(4, seed=1),
+            trainer={"held_out_dataset": vectors(6, seed=2)},
+            per_device_train_batch_size=4,
+            max_steps=1,
+            teacher_learning_rate=rate,
+        )
+        trainer.train()
+        rates = {group["lr"] for group in trainer.optimizer.param_groups}
+        assert rates == {0.1, moved}
+        assert not torch.equal(weights(student, teacher)["1.classifier.weight"], start["1.classifier.weight"])
+
+
+def test_flipped_labels_weigh_less_than_clean_ones(tmp_path):
+    """On scikit-learn's digits with 20 % of the labels changed; a student of a few epochs."""
+    noisy = load_image_data("digits", label_noise=0.2, held_out_fraction=0.2, seed=0)
+    clean = load_image_data("digits", held_out_fraction=0.2, seed=0)
+    student = load_model("resnet8", label_names=noisy.label_names)
+    processor = processor_for(student)
+    distiller = KDAIF(StudentAlone(), warm_up=0.5)
+    trainer = make_trainer(
+        tmp_path,
+        student,
+        None,
+        distiller,
+        ImageDataset(noisy.train, processor),
+        trainer={"held_out_dataset": ImageDataset(noisy.held_out, processor)},
+        per_device_train_batch_size=64,
+        per_device_eval_batch_size=256,
+        max_steps=-1,
+        num_train_epochs=4,
+        learning_rate=0.05,
+        seed=0,
+    )
+    trainer.train()
+    flipped = np.array(noisy.train["label"][:]) != np.array(clean.train["label"][:])
+    assert 0.15 < flipped.mean() < 0.25
+    order = np.argsort(np.argsort(noisy.train["index"][:]))
+    assert roc_auc_score(~flipped, distiller.weights.numpy()[order]) > 0.8
+
+
+REFUSED = [
+    ({"layers": "middle"}, "layers must be one of last, all, got 'middle'"),
+    ({"hessian": "newton"}, "hessian must be one of identity, lissa, ekfac"),
+    ({"hessian": "ekfac"}, 'use layers="all"'),
+    ({"base": SP()}, "KDAIF weighs samples, and SP mixes the samples of a batch"),
+    ({"base": Combined({"kd": KD(), "crd": CRD()}, task_from="kd")}, "Combined mixes the samples of a batch"),
+    ({"base": DML(), "teacher_update": "weighted"}, "DML trains or makes its own"),
+    ({"base": StudentAlone(), "teacher_update": "meta"}, "StudentAlone trains or makes its own, or has none"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), REFUSED)
+def test_what_does_not_fit_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        KDAIF(**arguments)
+
+
+def test_a_held_out_set_with_labels_is_needed(tmp_path):
+    with pytest.raises(ValueError, match="pass held_out_dataset="):
+        make_trainer(tmp_path, tiny("bert"), tiny_teacher("bert"), KDAIF(), rows("bert"))
+    held_out = rows("bert", 7)
+    held_out.columns["labels"][0] = -100
+    with pytest.raises(ValueError, match="samples without a label"):
+        make_trainer(
+            tmp_path,
+            tiny("bert"),
+            tiny_teacher("bert"),
+            KDAIF(),
+            rows("bert"),
+            trainer={"held_out_dataset": held_out},
+        )
+
+
+def test_a_student_without_a_linear_end_is_refused(tmp_path):
+    class Squashed(Linear):
+        def forward(self, pixel_values, labels=None):
+            return SequenceClassifierOutput(logits=self.classifier(pixel_values).tanh())
+
+    with pytest.raises(ValueError, match="'classifier' alone, so that .* use layers=\"all\""):
+        make_trainer(
+            tmp_path,
+            Squashed(PretrainedConfig(num_labels=3)),
+            linear(4),
+            KDAIF(DKD()),
+            vectors(4, seed=1),
+            trainer={"held_out_dataset": vectors(6, seed=2)},
+        )
