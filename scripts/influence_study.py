@@ -158,9 +158,7 @@ def teach(args, distiller, name: str, *, seed: int = 0, label_noise: float = 0.0
 def noise(args) -> None:
     bases = {"labels alone": StudentAlone, "KD(alpha=0.5)": lambda: KD(0.5), "KD(alpha=0.9)": lambda: KD(0.9)}
     others = {
-        f"{base}, {layers}": KDAIF(make(), layers=layers)
-        for base, make in bases.items()
-        for layers in ("last", "all")
+        f"{base}, {layers}": KDAIF(make(), layers=layers) for base, make in bases.items() for layers in ("last", "all")
     }
     distiller = Rankings(KD(alpha=0.5), warm_up=args.warm_up, refresh_epochs=args.refresh_epochs, others=others)
     result = teach(args, distiller, "noise", label_noise=args.label_noise)

@@ -15,6 +15,7 @@ from hfkd.distillers.dml import DML
 from hfkd.distillers.fitnet import FitNet
 from hfkd.distillers.hidden_states import HiddenStates
 from hfkd.distillers.kd import KD
+from hfkd.distillers.kd_aif import KDAIF
 from hfkd.distillers.label_smoothing import LabelSmoothing
 from hfkd.distillers.nkd import NKD
 from hfkd.distillers.pkt import PKT
@@ -33,6 +34,7 @@ __all__ = [
     "TTM",
     "WTTM",
     "AKD",
+    "KDAIF",
     "AT",
     "CAM",
     "CRD",

@@ -14,19 +14,31 @@ from torch import Tensor, nn
 from hfkd.checks import dataset_labels
 from hfkd.distillers.base import IGNORE_INDEX, Distiller, ModelOutputs, Wrapper
 from hfkd.distillers.crd import _index_and_labels
-from hfkd.distillers.kd import KD, kd_loss
+from hfkd.distillers.kd import KD
 from hfkd.features import base_model, find_module, head_path, in_float32, run_model, select_inputs, try_out
 from hfkd.influence import (
     directional_derivatives,
     ekfac_influence,
     forward_mode_ready,
     inverse_hessian_product,
+    last_layer_gradient,
     last_layer_influence,
     mean_gradient,
 )
 
 
 TABLE_FOLDER = "influence"
+
+
+def influence_weights(influence, *, weighting="sigmoid", sharpness=10.0, clip=0.005):
+    low, high = torch.quantile(influence, torch.tensor([clip, 1 - clip]))
+    x = influence.clamp(low, high)
+    if high == low:
+        return torch.ones_like(influence)
+    if weighting == "sigmoid":
+        w = torch.sigmoid(-sharpness * x / (high - low))
+        return w / w.mean()
+    return torch.exp(1 - 2 * (influence - influence.min()) / (influence.max() - influence.min()))
 
 
 class _SampleLosses(nn.Module):
@@ -45,11 +57,14 @@ class _SampleLosses(nn.Module):
         self.others = task, teacher  # in a tuple, which does not make them parts
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
-        return self.of_outputs(self.outputs(batch), batch)
+        return self.of_model(self.student, batch)
 
-    def outputs(self, batch: Mapping[str, Tensor], more_layers: tuple[str, ...] = ()) -> ModelOutputs:
+    def of_model(self, student: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        return self.of_outputs(self.outputs(student, batch), batch)
+
+    def outputs(self, student: nn.Module, batch: Mapping[str, Tensor], *more_layers: str) -> ModelOutputs:
         layers = () if self.distiller is None else self.distiller.student_layers
-        return in_float32(run_model(self.student, batch, layers=(*layers, *more_layers)))
+        return in_float32(run_model(student, batch, layers=(*layers, *more_layers)))
 
     def of_outputs(self, student: ModelOutputs, batch: Mapping[str, Tensor]) -> Tensor:
         task, teacher = self.others
@@ -84,11 +99,6 @@ class _Batches(nn.Module):
         self._buffers.update(own)
 
 
-def _with_ones(features: Tensor, head: nn.Linear) -> Tensor:
-    """The inputs of a linear layer with a column of ones where it has a bias."""
-    return features if head.bias is None else F.pad(features, (0, 1), value=1.0)
-
-
 def _summing(context) -> Callable[[Tensor], Tensor]:
     return lambda tensor: context.gather(tensor[None]).sum(0)
 
@@ -118,6 +128,7 @@ class KDAIF(Wrapper):
         hessian: ``"identity"`` (first order), ``"lissa"`` or ``"ekfac"`` (all linear and convolution layers; needs
             ``pip install "hfkd[influence]"``).
         damping: δ, for ``"lissa"`` and ``"ekfac"``.
+        iterations: Mini-batches of ``"lissa"``, each a Hessian-vector product; it warns where they do not suffice.
         weighting: ``"sigmoid"`` or ``"exp_minmax"``; see :func:`influence_weights`.
         sharpness: k of the sigmoid; 10.
         teacher_update: What the teacher does: ``"none"``, frozen; ``"weighted"``, it learns from
@@ -148,6 +159,7 @@ class KDAIF(Wrapper):
         layers: str = "last",
         hessian: str = "identity",
         damping: float = 0.01,
+        iterations: int = 200,
         weighting: str = "sigmoid",
         sharpness: float = 10.0,
         teacher_update: str = "none",
@@ -181,7 +193,7 @@ class KDAIF(Wrapper):
                 f"teacher_update={teacher_update!r} trains the teacher that the user passes, and "
                 f"{type(self.base).__name__} trains or makes its own, or has none: use KD() as the base"
             )
-        self.layers, self.hessian, self.damping = layers, hessian, damping
+        self.layers, self.hessian, self.damping, self.iterations = layers, hessian, damping, iterations
         self.weighting, self.sharpness = weighting, sharpness
         self.teacher_update = teacher_update
         self.trains_teacher = self.trains_teacher or teacher_update != "none"
@@ -351,8 +363,12 @@ class KDAIF(Wrapper):
     def _of_last_layer(self, context, train_losses, held_out_losses, train, held_out) -> Tensor:
         student = context.student
         head = find_module(base_model(student), head_path(student))
-        total = sum(residual.T @ _with_ones(features, head) for residual, features in self._residuals(held_out_losses, held_out()))
-        direction = context.gather(total[None]).sum(0) / len(context.held_out_dataset)
+        bias = head.bias is not None
+        total = sum(
+            len(features) * last_layer_gradient(residuals, features, bias=bias)
+            for residuals, features in self._residuals(held_out_losses, held_out())
+        )
+        direction = _summing(context)(total) / len(context.held_out_dataset)
         if self.hessian == "lissa":
             own = {id(parameter) for parameter in head.parameters()}
             parameters = {name: p.detach() for name, p in student.named_parameters() if id(p) in own}
@@ -362,8 +378,8 @@ class KDAIF(Wrapper):
             direction = torch.cat([part.reshape(len(direction), -1) for part in solved.values()], 1)
         return torch.cat(
             [
-                last_layer_influence(residual, features, direction)
-                for residual, features in self._residuals(train_losses, train())
+                last_layer_influence(residuals, features, direction)
+                for residuals, features in self._residuals(train_losses, train())
             ]
         )
 
@@ -371,7 +387,8 @@ class KDAIF(Wrapper):
         student = context.student
         parameters = {name: p.detach() for name, p in student.named_parameters() if p.requires_grad}
         if self.hessian == "ekfac":
-            return ekfac_influence(student, train_losses, held_out_losses, train, held_out, damping=self.damping)
+            losses = train_losses.of_model, held_out_losses.of_model
+            return ekfac_influence(student, *losses, train, held_out, damping=self.damping)
         with forward_mode_ready(student):
             direction = mean_gradient(held_out_losses.functional, parameters, held_out, reduce=_summing(context))
             if self.hessian == "lissa":
@@ -380,7 +397,13 @@ class KDAIF(Wrapper):
 
     def _inverse_product(self, context, losses, parameters, batches, vector) -> dict[str, Tensor]:
         return inverse_hessian_product(
-            losses.functional, parameters, batches, vector, damping=self.damping, reduce=_summing(context)
+            losses.functional,
+            parameters,
+            batches,
+            vector,
+            damping=self.damping,
+            iterations=self.iterations,
+            reduce=_summing(context),
         )
 
     def _residuals(self, losses: _SampleLosses, batches) -> Iterator[tuple[Tensor, Tensor]]:
@@ -388,7 +411,7 @@ class KDAIF(Wrapper):
         layer = f"{head_path(losses.student)}:input"
         for batch in batches:
             with torch.no_grad():
-                outputs = losses.outputs(batch, (layer,))
+                outputs = losses.outputs(losses.student, batch, layer)
             with torch.enable_grad():
                 logits = outputs.logits.requires_grad_()
                 (residual,) = torch.autograd.grad(losses.of_outputs(outputs, batch).sum(), logits)
@@ -406,7 +429,7 @@ class KDAIF(Wrapper):
         if again is None or not torch.allclose(again, outputs.logits, rtol=rounding, atol=rounding):
             raise ValueError(
                 f"the logits of {type(base_model(student)).__name__} are not the outputs of its last linear layer "
-                f"{path!r} alone, so that the gradient there has no closed form: use layers=\"all\""
+                f'{path!r} alone, so that the gradient there has no closed form: use layers="all"'
             )
 
     def _held_out_risk(self, context) -> Tensor:

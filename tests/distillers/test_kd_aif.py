@@ -121,7 +121,10 @@ def test_terms_are_weighted_by_sample(tmp_path):
     student, teacher = torch.randn(2, 3, 5)
     batch = {"labels": torch.tensor([0, 3, 1]), "index": torch.tensor([11, 0, 4])}
     outputs = ModelOutputs(student, task_logits=student)
-    weighted, plain = distiller(outputs, ModelOutputs(teacher), batch), KD(alpha=0.5)(outputs, ModelOutputs(teacher), batch)
+    weighted, plain = (
+        distiller(outputs, ModelOutputs(teacher), batch),
+        KD(alpha=0.5)(outputs, ModelOutputs(teacher), batch),
+    )
     for name, term in plain.items():
         torch.testing.assert_close(weighted[name], term * distiller.weights[[11, 0, 4]])
     assert trainer.distiller is distiller
