@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 
 if TYPE_CHECKING:
@@ -108,8 +108,9 @@ class DistillationContext:
         if self.train_dataset is None:
             raise ValueError("the distiller measures features on training samples: pass train_dataset=")
         plain = self._plain(self.train_dataset)
-        loader = self._loader(Subset(plain, range(min(size, len(plain)))), size)
-        return self._trainer._prepare_inputs(next(iter(loader)))
+        if not isinstance(plain, IterableDataset):
+            plain = Subset(plain, range(min(size, len(plain))))
+        return self._trainer._prepare_inputs(next(iter(self._loader(plain, size))))
 
     def _plain(self, dataset: Dataset) -> Dataset:
         return getattr(dataset, "without_augmentation", lambda: dataset)()

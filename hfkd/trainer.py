@@ -117,6 +117,13 @@ class _Hooks(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         self.trainer.distiller.on_step_end(self.trainer.context)
 
+
+class _LastHook(TrainerCallback):
+    """Hands the end of training to the distiller, before other callbacks, some of which upload the student then."""
+
+    def __init__(self, trainer: DistillationTrainer):
+        self.trainer = trainer
+
     def on_train_end(self, args, state, control, **kwargs):
         self.trainer.distiller.on_train_end(self.trainer.context)
 
@@ -214,6 +221,7 @@ class DistillationTrainer(Trainer):
         self._term_count = 0
         self._evaluated = torch.zeros(2, device=self.args.device)  # sum of losses, number of labelled samples
         self.add_callback(_Hooks(self))
+        self.callback_handler.callbacks.insert(0, _LastHook(self))
 
     # Setting up
 
@@ -279,6 +287,11 @@ class DistillationTrainer(Trainer):
 
     def _set_up_distiller(self) -> None:
         """Allocate the method's own parameters and put all that trains into one module."""
+        if self.distiller.has_task_head and self.args.load_best_model_at_end and self.args.save_only_model:
+            raise ValueError(
+                f"{type(self.distiller).__name__} has a task head, which save_only_model=True leaves out of the "
+                "checkpoints, so that load_best_model_at_end=True could not restore it: turn one of the two off"
+            )
         use_channels_last(self.model)
         with torch.random.fork_rng():
             torch.manual_seed(self.args.seed)
@@ -491,7 +504,8 @@ class DistillationTrainer(Trainer):
     # Saving and resuming
 
     def _save(self, output_dir=None, state_dict=None):
-        super()._save(output_dir, state_dict)
+        with self.distiller.folded(self.model):
+            super()._save(output_dir, state_dict)
         # A pickle that nothing reads, with the Hub token and local paths in it.
         Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
@@ -529,6 +543,7 @@ class DistillationTrainer(Trainer):
                 load_weights(self.teacher_model, self._teacher_folder(checkpoint))
             else:
                 super()._load_from_checkpoint(self._teacher_folder(checkpoint), self.teacher_model)
+        self.distiller.on_load(self.context)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if isinstance(self.model, PreTrainedModel):
