@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
+from hfkd.teacher import TeacherEnsemble
+
 
 if TYPE_CHECKING:
-    from hfkd.teacher import Teacher
+    from hfkd.teacher import Teacher, Teachers
     from hfkd.trainer import DistillationTrainer
 
 
@@ -28,13 +30,22 @@ class DistillationContext:
         return self._trainer.model
 
     @property
-    def teacher(self) -> Teacher | None:
+    def teacher(self) -> Teacher | Teachers | None:
         """Where teacher outputs come from: call it with a batch. None without a frozen teacher."""
         return self._trainer.teacher
 
     @property
     def teacher_model(self) -> nn.Module | None:
-        """The teacher's weights, frozen or trained, where a model is the source."""
+        """The teacher's weights, frozen or trained, where a model is the source.
+
+        Raises:
+            ValueError: If several models are, which have no layers in common.
+        """
+        if isinstance(self._trainer.teacher_model, TeacherEnsemble):
+            raise ValueError(
+                f"{type(self._trainer.distiller).__name__} looks inside its teacher, and an ensemble has only logits: "
+                "pass one teacher_model, or choose a method of logits such as KD()"
+            )
         return self._trainer.teacher_model
 
     @property

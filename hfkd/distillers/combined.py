@@ -12,8 +12,10 @@ from hfkd.distillers.base import Distiller
 class Combined(Distiller):
     """A weighted sum of methods that counts the hard-label term once.
 
-    ``Combined({"wttm": WTTM(), "crd": CRD()}, weights={"crd": 0.8}, task_from="wttm")`` keeps the terms of ``wttm``
-    under their names and adds those of ``crd``, without its task term, as ``crd/…``.
+    ``Combined({"wttm": WTTM(), "crd": CRD()}, task_from="wttm")`` keeps the terms of ``wttm`` under their names and
+    adds those of ``crd``, without its task term, as ``crd/…``. This is WTTM + CRD of Zheng and Yang 2024 (arXiv
+    2402.11148) with its μ of 0.8, which ``CRD()`` has as its own weight: ``weights`` multiply what a method weighs
+    already, so ``weights={"crd": 0.8}`` goes with ``CRD(weight=1.0)``.
 
     Args:
         distillers: The methods by name.
