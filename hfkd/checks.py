@@ -14,6 +14,7 @@ from transformers import PretrainedConfig, TrainingArguments
 
 from hfkd.distillers.base import IGNORE_INDEX, Distiller
 from hfkd.labels import align_labels, head_looks_new, named_labels
+from hfkd.teacher import TeacherEnsemble
 
 
 def problem_type_of(model: nn.Module) -> str:
@@ -108,34 +109,49 @@ def check_columns(dataset: Dataset | None, distiller: Distiller) -> None:
         )
 
 
-def check_teacher(teacher: nn.Module, student: nn.Module, distiller: Distiller) -> list[int] | None:
-    """Refuse a teacher of other classes or with a fresh head.
+def check_teacher(
+    teacher: nn.Module, student: nn.Module, distiller: Distiller, whose: str = "the teacher"
+) -> list[int] | None:
+    """Refuse a teacher of other classes or with a fresh head; ``whose`` names it in the message.
 
     Returns:
         For each of the student's classes the teacher's index of it; None where the orders agree.
     """
     if teacher is student:
-        raise ValueError("teacher and student are the same object: pass copy.deepcopy(student) as the teacher")
+        raise ValueError(f"{whose} and the student are the same object: pass copy.deepcopy(student) as the teacher")
     own = {id(parameter) for parameter in student.parameters()}
     if any(id(parameter) in own for parameter in teacher.parameters()):
         raise ValueError(
-            "teacher and student share weights, which cannot be both frozen and trained: pass a deep copy"
+            f"{whose} and the student share weights, which cannot be both frozen and trained: pass a deep copy"
         )
     if not hasattr(teacher, "config"):
-        raise ValueError(f"the teacher ({type(teacher).__name__}) has no config: wrap it as a PreTrainedModel")
+        raise ValueError(f"{whose} ({type(teacher).__name__}) has no config: wrap it as a PreTrainedModel")
     if teacher.config.num_labels != student.config.num_labels:
         raise ValueError(
-            f"the teacher has {teacher.config.num_labels} classes and the student {student.config.num_labels}: "
+            f"{whose} has {teacher.config.num_labels} classes and the student {student.config.num_labels}: "
             "distil between models of the same classes (num_labels=, id2label=)"
         )
     if not distiller.trains_teacher and head_looks_new(teacher):
         raise ValueError(
-            f"the classifier of the teacher ({type(teacher).__name__}) is freshly initialised: it would teach noise. "
+            f"the classifier of {whose} ({type(teacher).__name__}) is freshly initialised: it would teach noise. "
             "Fine-tune it first (in the examples: --train_teacher), or load a checkpoint with its head"
         )
     if teacher.config.num_labels == 1:
         return None
-    return align_labels(named_labels(student.config), named_labels(teacher.config), whose="the teacher")
+    return align_labels(named_labels(student.config), named_labels(teacher.config), whose=whose)
+
+
+def check_ensemble(ensemble: TeacherEnsemble, problem_type: str, distiller: Distiller) -> None:
+    """Refuse several teachers where one would have to be trained, or where there are no probabilities to average."""
+    if distiller.trains_teacher:
+        raise ValueError(
+            f"{type(distiller).__name__} trains its teacher, and an ensemble stays as it is: pass one teacher_model"
+        )
+    if problem_type == "regression" and (ensemble.average, ensemble.weighting) != ("logits", "equal"):
+        raise ValueError(
+            "teachers of numbers have no probabilities to average, nor a cross-entropy: pass "
+            'teacher_model=TeacherEnsemble([...], average="logits")'
+        )
 
 
 def check_processes(args: TrainingArguments, accelerator: Accelerator) -> None:

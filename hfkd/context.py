@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate.utils import broadcast
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+
+from hfkd.teacher import TeacherEnsemble
 
 
 if TYPE_CHECKING:
-    from hfkd.teacher import Teacher
+    from hfkd.teacher import Teacher, Teachers
     from hfkd.trainer import DistillationTrainer
 
 
@@ -29,13 +31,22 @@ class DistillationContext:
         return self._trainer.model
 
     @property
-    def teacher(self) -> Teacher | None:
+    def teacher(self) -> Teacher | Teachers | None:
         """Where teacher outputs come from: call it with a batch. None without a frozen teacher."""
         return self._trainer.teacher
 
     @property
     def teacher_model(self) -> nn.Module | None:
-        """The teacher's weights, frozen or trained, where a model is the source."""
+        """The teacher's weights, frozen or trained, where a model is the source.
+
+        Raises:
+            ValueError: If several models are, which have no layers in common.
+        """
+        if isinstance(self._trainer.teacher_model, TeacherEnsemble):
+            raise ValueError(
+                f"{type(self._trainer.distiller).__name__} looks inside its teacher, and an ensemble has only logits: "
+                "pass one teacher_model, or choose a method of logits such as KD()"
+            )
         return self._trainer.teacher_model
 
     @property
@@ -116,14 +127,17 @@ class DistillationContext:
         return self._trainer._with_labels(self._trainer._prepare_inputs(batch))
 
     def sample(self, size: int = 2) -> dict[str, Tensor]:
-        """The first training samples: enough to learn shapes in ``setup``; see :meth:`take`.
+        """The first training samples: un-augmented and collated as in training: enough to learn shapes in ``setup``.
 
         Raises:
             ValueError: If there is no training set.
         """
         if self.train_dataset is None:
             raise ValueError("the distiller measures features on training samples: pass train_dataset=")
-        return self.take(self.train_dataset, range(min(size, len(self.train_dataset))))
+        plain = self._plain(self.train_dataset)
+        if not isinstance(plain, IterableDataset):
+            plain = Subset(plain, range(min(size, len(plain))))
+        return self._trainer._prepare_inputs(next(iter(self._loader(plain, size))))
 
     def align_buffers(self, model: nn.Module) -> None:
         """Give a model's buffers the values of the first process, as DDP will do at the next forward.

@@ -69,16 +69,22 @@ def find_module(model: nn.Module, path: str) -> nn.Module:
     return modules[path]
 
 
+def linear_heads(model: nn.Module) -> tuple[str, ...]:
+    """Paths of the linear layers that have an output for each class, in the order of the modules."""
+    model = base_model(model)
+    sizes = {name: module.out_features for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    return tuple(name for name, size in sizes.items() if size == model.config.num_labels)
+
+
 def head_path(model: nn.Module) -> str:
     """The path of the linear layer that gives the logits; with ``":input"`` behind it, the penultimate features.
 
     Raises:
         ValueError: If no linear layer has as many outputs as there are classes.
     """
-    model = base_model(model)
-    sizes = {name: module.out_features for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    heads = [name for name, size in sizes.items() if size == model.config.num_labels]
+    heads = linear_heads(model)
     if not heads:
+        model = base_model(model)
         raise ValueError(
             f"{type(model).__name__} ends in no linear layer with {model.config.num_labels} outputs: "
             'name the layer yourself, as in student_layers=("head:input",)'
@@ -214,9 +220,16 @@ def in_float32(outputs: ModelOutputs) -> ModelOutputs:
     return replace(outputs, logits=_full_precision(outputs.logits), features=features)
 
 
-@torch.no_grad()
 def probe(model: nn.Module, batch: Mapping[str, Tensor], layers: Sequence[str], prefix: str = "") -> dict[str, Tensor]:
-    """Features of a batch as a run would capture them, to learn their shapes.
+    """Features of a batch by path, as a run would capture them, to learn their shapes; see :func:`try_out`."""
+    return try_out(model, batch, layers=layers, prefix=prefix).features
+
+
+@torch.no_grad()
+def try_out(
+    model: nn.Module, batch: Mapping[str, Tensor], *, layers: Sequence[str] = (), prefix: str = ""
+) -> ModelOutputs:
+    """Outputs for a batch as a run would see them.
 
     The model runs in evaluation mode and is left as it was: no statistics move and no random numbers are drawn.
 
@@ -227,13 +240,13 @@ def probe(model: nn.Module, batch: Mapping[str, Tensor], layers: Sequence[str], 
         prefix: Columns with this prefix go before those without.
 
     Returns:
-        The features by path, float32 where the model is in half precision.
+        Logits and features, float32 where the model is in half precision.
     """
     training = {module: module.training for module in model.modules()}
     dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
     batch = {name: column.to(dtype) if column.is_floating_point() else column for name, column in batch.items()}
     try:
-        return in_float32(run_model(model.eval(), batch, layers=layers, prefix=prefix)).features
+        return in_float32(run_model(model.eval(), batch, layers=layers, prefix=prefix))
     finally:
         for module, mode in training.items():
             module.training = mode

@@ -1,5 +1,6 @@
 """The loss functions of all methods, pure and without state."""
 
+from hfkd.distillers.aekt import aekt_loss
 from hfkd.distillers.akd import gap_alpha
 from hfkd.distillers.at import attention_transfer_loss
 from hfkd.distillers.attention_maps import attention_relation_loss, attention_score_loss
@@ -23,6 +24,7 @@ from hfkd.distillers.vid import vid_loss
 
 
 __all__ = [
+    "aekt_loss",
     "attention_relation_loss",
     "attention_score_loss",
     "attention_transfer_loss",

@@ -15,6 +15,7 @@ from torch import nn
 
 from hfkd.distillers.base import Distiller
 from hfkd.features import base_model
+from hfkd.teacher import members_of
 
 
 if TYPE_CHECKING:
@@ -131,9 +132,9 @@ def write_model_card(
         text += [f"{type(student).__name__} with {parameters:,} parameters, trained without a teacher."]
     else:
         teacher_parameters = sum(p.numel() for p in teacher.parameters())
+        names = " and ".join(f"`{public_name(member)}`" for member in members_of(teacher))
         text += [
-            f"{type(student).__name__} with {parameters:,} parameters, taught by "
-            f"`{public_name(teacher)}` with {teacher_parameters:,}."
+            f"{type(student).__name__} with {parameters:,} parameters, taught by {names} with {teacher_parameters:,}."
         ]
     text += ["", f"Method: `{describe(trainer.distiller)}`, through hfkd.", ""]
     if scores:

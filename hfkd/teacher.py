@@ -10,8 +10,88 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from hfkd.distillers.base import ModelOutputs, autocast_off
-from hfkd.features import run_model
+from hfkd.distillers.base import HardLabelLoss, ModelOutputs, autocast_off, check_temperature
+from hfkd.features import in_float32, run_model
+
+
+class TeacherEnsemble(nn.Module):
+    r"""Several classifiers that teach as one: ``teacher_model=TeacherEnsemble([one, other])``.
+
+    .. math:: z = T \log \sum_k w_k \, \mathrm{softmax}(z_k / T)
+        \qquad\text{or}\qquad z = \sum_k w_k z_k
+
+    The first (``"probabilities"``) is such that a method which softens the teacher at the same T learns from exactly
+    the mean of the members' probabilities; so give it the method's temperature (1/γ for TTM and WTTM). The second is
+    ``"logits"``. The weights are 1/K, or by sample
+
+    .. math:: w_k = \frac{1}{K - 1} \left(1 - \frac{\exp \mathrm{CE}_k}{\sum_j \exp \mathrm{CE}_j}\right)
+
+    with a member's cross-entropy against the label: who is wrong about a sample says less about it. They sum to 1, and
+    are equal for a sample without label. The source weighs the members' losses, which for ``"probabilities"`` has the
+    same gradient (its code divides by K once more); for ``"logits"`` it is our reading.
+
+    Every member is checked, put into the student's order of classes and frozen as a single teacher is, and all of them
+    see the same columns ``teacher_…`` where there are any, so let them share tokenizer and image processor. Methods
+    that look inside the teacher, or train it, are refused. The score that is logged for the teacher is the
+    ensemble's, with equal weights, as it has no labels to look at then.
+
+    Args:
+        members: Two or more classifiers over the student's classes.
+        average: ``"probabilities"`` or ``"logits"``; regression takes the latter.
+        temperature: T of the mean of probabilities: the method's.
+        weighting: ``"equal"`` or ``"cross_entropy"``.
+
+    Raises:
+        ValueError: If there are fewer than two members, or an argument is out of range.
+
+    Source: the weights are those of Zhang et al. 2022, "Confidence-Aware Multi-Teacher Knowledge Distillation",
+    arXiv 2201.00007; github.com/Rorozhl/CA-MKD.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[nn.Module],
+        average: str = "probabilities",
+        temperature: float = 4.0,
+        weighting: str = "equal",
+    ):
+        super().__init__()
+        if len(members) < 2:
+            raise ValueError(
+                f"an ensemble has at least two members, got {len(members)}: pass a single teacher as it is"
+            )
+        if average not in ("probabilities", "logits"):
+            raise ValueError(f'average must be "probabilities" or "logits", got {average!r}')
+        if weighting not in ("equal", "cross_entropy"):
+            raise ValueError(f'weighting must be "equal" or "cross_entropy" (by sample), got {weighting!r}')
+        check_temperature(temperature)
+        self.members = nn.ModuleList(members)
+        self.average, self.temperature, self.weighting = average, temperature, weighting
+
+    def combine(self, logits: Sequence[Tensor], labels: Tensor | None = None) -> Tensor:
+        """The logits of the ensemble from those of its members, in the same order of classes.
+
+        Args:
+            logits: One tensor a member.
+            labels: Of the samples; None weighs the members alike.
+
+        Shapes:
+            Logits (B, C) each, labels (B,) of class indices or (B, C) of probabilities. Returns (B, C).
+        """
+        stacked = torch.stack(tuple(logits))
+        weights = stacked.new_full(stacked.shape[:2], 1 / len(logits))
+        if self.weighting == "cross_entropy" and labels is not None:
+            losses = torch.stack([HardLabelLoss()(member, labels) for member in stacked])
+            weights = (1 - losses.softmax(0)) / (len(logits) - 1)
+        if self.average == "logits":
+            return (weights[..., None] * stacked).sum(0)
+        log_probabilities = (stacked / self.temperature).log_softmax(-1)
+        return self.temperature * (weights.log()[..., None] + log_probabilities).logsumexp(0)
+
+
+def members_of(teacher: nn.Module) -> list[nn.Module]:
+    """The members of an ensemble; of a single teacher itself."""
+    return list(teacher.members) if isinstance(teacher, TeacherEnsemble) else [teacher]
 
 
 class Teacher:
@@ -63,3 +143,25 @@ class Teacher:
         if self.label_order is None:
             return outputs
         return replace(outputs, logits=outputs.logits[:, self.label_order])
+
+
+class Teachers:
+    """The frozen members of an ensemble, asked at every step for one answer; without features.
+
+    Args:
+        ensemble: How they are averaged.
+        members: Each as a teacher of its own.
+    """
+
+    def __init__(self, ensemble: TeacherEnsemble, members: Sequence[Teacher]):
+        self.ensemble, self.members = ensemble, tuple(members)
+
+    def __call__(self, batch: Mapping[str, Tensor]) -> ModelOutputs:
+        """What the ensemble says about a batch, in float32 and without gradient.
+
+        Raises:
+            RuntimeError: If somebody put a member into training mode or unfroze it.
+        """
+        logits = [in_float32(member(batch)).logits for member in self.members]
+        with autocast_off(logits[0].device):
+            return ModelOutputs(self.ensemble.combine(logits, batch.get("labels")))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 
 from hfkd.checks import (
     check_columns,
+    check_ensemble,
     check_labels,
     check_processes,
     check_teacher,
@@ -30,7 +31,7 @@ from hfkd.distillers import KD, Distiller, ModelOutputs, StudentAlone
 from hfkd.distillers.base import IGNORE_INDEX, HardLabelLoss, autocast_off, weighted_mean
 from hfkd.features import base_model, detached, find_module, in_float32, input_names, run_model, use_channels_last
 from hfkd.modelcard import write_model_card
-from hfkd.teacher import Teacher
+from hfkd.teacher import Teacher, TeacherEnsemble, Teachers, members_of
 from hfkd.training_args import DistillationTrainingArguments
 
 
@@ -117,6 +118,13 @@ class _Hooks(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         self.trainer.distiller.on_step_end(self.trainer.context)
 
+
+class _LastHook(TrainerCallback):
+    """Hands the end of training to the distiller, before other callbacks, some of which upload the student then."""
+
+    def __init__(self, trainer: DistillationTrainer):
+        self.trainer = trainer
+
     def on_train_end(self, args, state, control, **kwargs):
         self.trainer.distiller.on_train_end(self.trainer.context)
 
@@ -128,7 +136,8 @@ class DistillationTrainer(Trainer):
 
     Args:
         model: The student.
-        teacher_model: A frozen classifier over the same classes; None trains the student alone, unless the distiller
+        teacher_model: A frozen classifier over the same classes, or several: a list is a
+            :class:`~hfkd.TeacherEnsemble` with its defaults. None trains the student alone, unless the distiller
             brings a teacher of its own.
         distiller: The method; with a teacher :class:`~hfkd.distillers.KD` by default.
         args: Training arguments.
@@ -153,7 +162,7 @@ class DistillationTrainer(Trainer):
     def __init__(
         self,
         model: PreTrainedModel,
-        teacher_model: nn.Module | None = None,
+        teacher_model: nn.Module | Sequence[nn.Module] | None = None,
         distiller: Distiller | None = None,
         args: DistillationTrainingArguments | None = None,
         data_collator: Callable | None = None,
@@ -173,6 +182,8 @@ class DistillationTrainer(Trainer):
         ):
             if kwargs.pop(name, None) is not None:
                 raise ValueError(f"DistillationTrainer takes no {name}: {remedy}")
+        if isinstance(teacher_model, (list, tuple)):
+            teacher_model = TeacherEnsemble(teacher_model)
         if distiller is None:
             distiller = StudentAlone() if teacher_model is None else KD()
         if not isinstance(distiller, Distiller):
@@ -214,6 +225,7 @@ class DistillationTrainer(Trainer):
         self._term_count = 0
         self._evaluated = torch.zeros(2, device=self.args.device)  # sum of losses, number of labelled samples
         self.add_callback(_Hooks(self))
+        self.callback_handler.callbacks.insert(0, _LastHook(self))
 
     # Setting up
 
@@ -260,36 +272,51 @@ class DistillationTrainer(Trainer):
                 raise ValueError(f"{method} needs a teacher: pass teacher_model=")
             return
         unlike = made is None or distiller.trains_teacher  # a peer may be the user's own
-        label_order = check_teacher(self.teacher_model, self.model, distiller) if unlike else None
+        members = {"the teacher": self.teacher_model}
+        if isinstance(self.teacher_model, TeacherEnsemble):
+            check_ensemble(self.teacher_model, self.problem_type, distiller)
+            several = self.teacher_model.members
+            members = {f"teacher {i} of {len(several)}": member for i, member in enumerate(several, 1)}
+        label_orders = [
+            check_teacher(member, self.model, distiller, whose) if unlike else None
+            for whose, member in members.items()
+        ]
         use_channels_last(self.teacher_model)
         if distiller.trains_teacher:
-            if label_order is not None:
+            if label_orders != [None]:
                 raise ValueError("a teacher that is trained must have the student's classes in the same order")
             self.teacher_model.to(self.args.device)
             return
         dtype = getattr(self.args, "teacher_dtype", None)
-        self.teacher = Teacher(
-            self.teacher_model,
-            label_order=label_order,
-            dtype=getattr(torch, dtype) if dtype else None,
-            device=self.args.device,
-        )
+        dtype = getattr(torch, dtype) if dtype else None
+        teachers = [
+            Teacher(member, label_order=order, dtype=dtype, device=self.args.device)
+            for member, order in zip(members.values(), label_orders, strict=True)
+        ]
+        is_ensemble = isinstance(self.teacher_model, TeacherEnsemble)
+        self.teacher = Teachers(self.teacher_model, teachers) if is_ensemble else teachers[0]
         if made is not None:  # the method's to update, whatever its precision
             self.teacher_model = self.teacher.model
 
     def _set_up_distiller(self) -> None:
         """Allocate the method's own parameters and put all that trains into one module."""
+        if self.distiller.has_task_head and self.args.load_best_model_at_end and self.args.save_only_model:
+            raise ValueError(
+                f"{type(self.distiller).__name__} has a task head, which save_only_model=True leaves out of the "
+                "checkpoints, so that load_best_model_at_end=True could not restore it: turn one of the two off"
+            )
         use_channels_last(self.model)
         with torch.random.fork_rng():
             torch.manual_seed(self.args.seed)
             self.distiller.setup(self.context)
         self.distiller.to(self.args.device)
         # Not before: setup may choose the layers.
-        sides = [(self.model, self.distiller.student_layers), (self.teacher_model, self.distiller.teacher_layers)]
+        teacher_model = self.context.teacher_model if self.distiller.teacher_layers else None
+        sides = [(self.model, self.distiller.student_layers), (teacher_model, self.distiller.teacher_layers)]
         for model, layers in sides:
             for path in layers if model is not None else ():
                 find_module(base_model(model), path.partition(":")[0])
-        if self.teacher is not None:
+        if isinstance(self.teacher, Teacher):
             self.teacher.layers = tuple(self.distiller.teacher_layers)
         trained_teacher = self.teacher_model if self.distiller.trains_teacher else None
         self._module = _DistillationModule(self.model, self.distiller, trained_teacher)
@@ -369,7 +396,7 @@ class DistillationTrainer(Trainer):
             super()._set_signature_columns_if_needed()
             names = [*input_names(self.model), *self.distiller.batch_columns, "index", "sample_weight"]
             if self.teacher_model is not None:
-                teacher_names = input_names(self.teacher_model)
+                teacher_names = [name for member in members_of(self.teacher_model) for name in input_names(member)]
                 names += [*teacher_names, *(f"teacher_{name}" for name in teacher_names)]
             self._signature_columns = list(dict.fromkeys([*self._signature_columns, *names]))
 
@@ -485,7 +512,9 @@ class DistillationTrainer(Trainer):
                 batch = self._with_labels(self._prepare_inputs(batch), fill=False)
                 if "labels" not in batch:
                     return {}
-                logits = in_float32(self.teacher(batch)).logits
+                # Without labels, by which an ensemble would choose who is right.
+                inputs = {name: column for name, column in batch.items() if name != "labels"}
+                logits = in_float32(self.teacher(inputs)).logits
                 if has_metrics and self.preprocess_logits_for_metrics is not None:
                     logits = self.preprocess_logits_for_metrics(logits, batch["labels"])
                 logits, batch_labels = self.accelerator.gather_for_metrics((logits, batch["labels"]))
@@ -504,7 +533,8 @@ class DistillationTrainer(Trainer):
     # Saving and resuming
 
     def _save(self, output_dir=None, state_dict=None):
-        super()._save(output_dir, state_dict)
+        with self.distiller.folded(self.model):
+            super()._save(output_dir, state_dict)
         # A pickle that nothing reads, with the Hub token and local paths in it.
         Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
@@ -542,6 +572,7 @@ class DistillationTrainer(Trainer):
                 load_weights(self.teacher_model, self._teacher_folder(checkpoint))
             else:
                 super()._load_from_checkpoint(self._teacher_folder(checkpoint), self.teacher_model)
+        self.distiller.on_load(self.context)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if isinstance(self.model, PreTrainedModel):

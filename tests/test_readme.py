@@ -25,12 +25,13 @@ def test_python_snippets_run(tmp_path, monkeypatch, capsys):
     teacher.linear.weight.data.mul_(3)
     teacher.save_pretrained("outputs/demo/teacher")
     found = snippets("python")
-    assert len(found) == 2
+    assert len(found) == 3
     names = {}
     for snippet in found:
         shortened = snippet.replace("num_train_epochs=5", "max_steps=2, use_cpu=True")
         exec(compile(shortened, "README.md", "exec"), names)
     assert (tmp_path / "outputs/student/model.safetensors").is_file()
+    assert (type(names["trainer"].distiller).__name__, names["trainer"].state.global_step) == ("Combined", 2)
     assert names["ConfidentKD"]().temperature == 4.0
 
 

@@ -2,6 +2,7 @@
 
 import inspect
 
+from hfkd.distillers.aekt import AEKT
 from hfkd.distillers.akd import AKD
 from hfkd.distillers.at import AT
 from hfkd.distillers.attention_maps import AttentionMaps
@@ -33,6 +34,7 @@ __all__ = [
     "KD",
     "TTM",
     "WTTM",
+    "AEKT",
     "AKD",
     "KDAIF",
     "AT",

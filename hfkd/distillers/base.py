@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -103,6 +104,8 @@ class Distiller(nn.Module):
         trains_teacher: Whether the teacher learns too, from :meth:`teacher_terms`.
         needs_hard_labels: Whether labels must be class indices, so that Mixup and CutMix are refused.
         batch_coupled: Whether terms mix the samples of a batch.
+        has_task_head: Whether :meth:`task_logits` adds trained layers to the student's logits. Then :meth:`folded`
+            works them into the student, and :meth:`on_load` takes them out again.
         problem_types: What the method is defined for: ``"single_label"``, ``"regression"``.
         default_learning_rate: Learning rate of the method's own parameters where the arguments give none; None is the
             student's.
@@ -116,6 +119,7 @@ class Distiller(nn.Module):
     trains_teacher = False
     needs_hard_labels = False
     batch_coupled = False
+    has_task_head = False
     problem_types: tuple[str, ...] = ("single_label",)
     default_learning_rate: float | None = None
     hard_label_loss = HardLabelLoss()
@@ -171,7 +175,20 @@ class Distiller(nn.Module):
         """Called after each optimizer step."""
 
     def on_train_end(self, context: DistillationContext) -> None:
-        """Called once after the last step."""
+        """Called once after the last step, the best model loaded: leave the student as it is to be used."""
+
+    @contextmanager
+    def folded(self, student: nn.Module) -> Iterator[None]:
+        """While open, the student is what is to be saved; afterwards it is, to the bit, what it was before.
+
+        The trainer opens it around every write of the student. A method with a task head works it into the student,
+        so that its plain logits are :meth:`task_logits`, and keeps in its buffers what it replaces: a checkpoint's
+        distiller is written after its student.
+        """
+        yield
+
+    def on_load(self, context: DistillationContext) -> None:
+        """Called after a checkpoint is loaded, student and distiller: undo what :meth:`folded` did to the student."""
 
 
 class Ramp(nn.Module):
@@ -233,7 +250,7 @@ class Wrapper(Distiller):
             )
         self.base = base
         self._join("student_layers", "teacher_layers", "batch_columns")
-        for flag in ("needs_teacher", "trains_teacher", "needs_hard_labels", "batch_coupled"):
+        for flag in ("needs_teacher", "trains_teacher", "needs_hard_labels", "batch_coupled", "has_task_head"):
             setattr(self, flag, getattr(type(self), flag) or getattr(base, flag))
         self.problem_types = tuple(kind for kind in base.problem_types if kind in type(self).problem_types)
 
@@ -271,6 +288,12 @@ class Wrapper(Distiller):
 
     def on_train_end(self, context):
         self.base.on_train_end(context)
+
+    def folded(self, student):
+        return self.base.folded(student)
+
+    def on_load(self, context):
+        self.base.on_load(context)
 
 
 def weighted_mean(term: Tensor, name: str, sample_weight: Tensor | None) -> Tensor:

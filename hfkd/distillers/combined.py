@@ -12,8 +12,10 @@ from hfkd.distillers.base import Distiller
 class Combined(Distiller):
     """A weighted sum of methods that counts the hard-label term once.
 
-    ``Combined({"wttm": WTTM(), "crd": CRD()}, weights={"crd": 0.8}, task_from="wttm")`` keeps the terms of ``wttm``
-    under their names and adds those of ``crd``, without its task term, as ``crd/…``.
+    ``Combined({"wttm": WTTM(), "crd": CRD()}, task_from="wttm")`` keeps the terms of ``wttm`` under their names and
+    adds those of ``crd``, without its task term, as ``crd/…``. This is WTTM + CRD of Zheng and Yang 2024 (arXiv
+    2402.11148) with its μ of 0.8, which ``CRD()`` has as its own weight: ``weights`` multiply what a method weighs
+    already, so ``weights={"crd": 0.8}`` goes with ``CRD(weight=1.0)``.
 
     Args:
         distillers: The methods by name.
@@ -22,7 +24,7 @@ class Combined(Distiller):
 
     Raises:
         ValueError: If a name in ``weights`` or ``task_from`` is not among the distillers, a weight is negative, there
-            are no distillers, or two of them bring a teacher of their own.
+            are no distillers, another than ``task_from`` has a task head, or two of them bring a teacher of their own.
     """
 
     def __init__(
@@ -40,12 +42,17 @@ class Combined(Distiller):
             )
         if negative := [name for name, weight in weights.items() if not weight >= 0]:
             raise ValueError(f"weights must not be negative: {negative}")
+        if headed := [name for name, part in distillers.items() if part.has_task_head and name != task_from]:
+            raise ValueError(
+                f"{', '.join(headed)} would train a task head that task_from={task_from!r} leaves out: name it in "
+                "task_from, or make it without one (AEKT: order=None)"
+            )
         self.parts = nn.ModuleDict(distillers)
         self.weights = {name: weights.get(name, 1.0) for name in distillers}
         self.task_from = task_from
         parts = list(distillers.values())
         self._join("student_layers", "teacher_layers", "batch_columns")
-        for flag in ("needs_teacher", "trains_teacher", "needs_hard_labels", "batch_coupled"):
+        for flag in ("needs_teacher", "trains_teacher", "needs_hard_labels", "batch_coupled", "has_task_head"):
             setattr(self, flag, any(getattr(part, flag) for part in parts))
         kinds = (set(part.problem_types) for part in parts)
         self.problem_types = tuple(sorted(set.intersection(*kinds)))
@@ -110,3 +117,10 @@ class Combined(Distiller):
     def on_train_end(self, context):
         for part in self.parts.values():
             part.on_train_end(context)
+
+    def folded(self, student):
+        return self.parts[self.task_from].folded(student)
+
+    def on_load(self, context):
+        for part in self.parts.values():
+            part.on_load(context)

@@ -9,7 +9,7 @@ import torch
 from helpers import freeze_batch_norm, make_trainer, rows, tiny, tiny_teacher
 from setups import features, network, outputs, set_up
 
-from hfkd.distillers import CRD
+from hfkd.distillers import CRD, WTTM, Combined
 from hfkd.distillers.crd import _index_and_labels
 from hfkd.functional import crd_loss
 
@@ -246,3 +246,24 @@ def test_what_it_cannot_work_with_is_refused():
         ready(dataset.with_columns(index=torch.arange(8) + 100))
     with pytest.raises(ValueError, match="cannot read the labels of the training set: give it a `labels` attribute"):
         ready(dataset.with_columns(labels=None))
+
+
+@pytest.mark.parametrize(
+    ("crd", "weights"), [({}, None), ({"weight": 1.0}, {"crd": 0.8})], ids=["its own weight", "the combination's"]
+)
+def test_wttm_and_crd_are_the_sum_of_both_with_the_papers_factor_once(tmp_path, crd, weights):
+    """The first step of the combination against those of two runs of one method each."""
+
+    def first_step(distiller):
+        trainer = make_trainer(tmp_path, tiny("cifar"), tiny_teacher("cifar"), distiller, rows("cifar"), max_steps=1)
+        trainer.train()
+        return trainer.state.log_history[0]
+
+    wttm = first_step(WTTM(gamma=0.1, beta=4.0))
+    alone = first_step(small(weight=1.0))
+    both = first_step(
+        Combined({"wttm": WTTM(gamma=0.1, beta=4.0), "crd": small(**crd)}, weights=weights, task_from="wttm")
+    )
+    assert both["crd/crd"] == pytest.approx(0.8 * alone["crd"], rel=1e-5)
+    assert both["loss"] == pytest.approx(wttm["loss"] + 0.8 * alone["crd"], rel=1e-4)
+    assert (both["task"], both["wttm"]) == pytest.approx((wttm["task"], wttm["wttm"]), rel=1e-5)
