@@ -9,6 +9,7 @@ from hfkd.distillers.dkd import dkd_loss, nckd_loss, tckd_loss
 from hfkd.distillers.fitnet import hint_loss
 from hfkd.distillers.hidden_states import hidden_state_loss
 from hfkd.distillers.kd import kd_loss
+from hfkd.distillers.kd_aif import influence_weights
 from hfkd.distillers.label_smoothing import label_smoothing_loss
 from hfkd.distillers.nkd import nkd_loss
 from hfkd.distillers.pkt import pkt_loss
@@ -32,6 +33,7 @@ __all__ = [
     "hidden_state_loss",
     "hierarchical_context_loss",
     "hint_loss",
+    "influence_weights",
     "kd_loss",
     "label_smoothing_loss",
     "nckd_loss",
