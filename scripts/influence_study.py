@@ -1,8 +1,7 @@
 """What influence weights see: flipped labels (AUROC), and how steady, fair and dear they are (SAFE).
 
-    python scripts/influence_study.py noise --data_dir DATA/cifar10 --teacher DATA/teachers/resnet56_cifar10.safetensors \
-        --label_noise 0.2 --output_dir outputs/influence
-    python scripts/influence_study.py safe --data_dir DATA/cifar10 --teacher … --output_dir outputs/influence
+    python scripts/influence_study.py noise --data_dir DATA/cifar10 --teacher TEACHER --label_noise 0.2
+    python scripts/influence_study.py safe --data_dir DATA/cifar10 --teacher TEACHER
 
 ``noise`` flips labels of the training split only, never of the held-out split, teaches ResNet-20 with KDAIF and ranks
 the training samples at each refresh: by influence weight under several base losses, beside the usual rankings by the
@@ -96,7 +95,7 @@ def rank_graduation(reference: np.ndarray, other: np.ndarray) -> float:
 
 def energy(folder: str = "/sys/class/powercap") -> float | None:
     """Joules that the processor packages have counted so far; None where the machine does not count."""
-    counters = [path for path in Path(folder).glob("intel-rapl:?/energy_uj")]
+    counters = list(Path(folder).glob("intel-rapl:?/energy_uj"))
     try:
         return sum(int(path.read_text()) for path in counters) / 1e6 if counters else None
     except PermissionError:
