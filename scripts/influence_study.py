@@ -155,7 +155,7 @@ def teach(args, distiller, name: str, *, seed: int = 0, label_noise: float = 0.0
 
 
 def noise(args) -> None:
-    bases = {"labels alone": StudentAlone, "KD(alpha=0.5)": lambda: KD(0.5), "KD(alpha=0.9)": lambda: KD(0.9)}
+    bases = {"labels alone": StudentAlone, "KD 50 %": lambda: KD(0.5), "KD 90 %": lambda: KD(0.9)}
     others = {
         f"{base}, {layers}": KDAIF(make(), layers=layers) for base, make in bases.items() for layers in ("last", "all")
     }
