@@ -528,7 +528,7 @@ def ekfac_influence(
             dataloader_kwargs=loading,
             factor_args=FactorArguments(covariance_max_examples=None, lambda_max_examples=None),
         )
-        scores = analyzer.compute_pairwise_scores(
+        analyzer.compute_pairwise_scores(
             "scores",
             "ekfac",
             validation,
@@ -538,4 +538,5 @@ def ekfac_influence(
             dataloader_kwargs=loading,
             score_args=ScoreArguments(damping_factor=damping, aggregate_query_gradients=True),
         )
+        scores = analyzer.load_pairwise_scores("scores")
     return -scores["all_modules"][0].to(device) / task.validated
