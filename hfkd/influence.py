@@ -404,6 +404,65 @@ def last_layer_influence(residuals: Tensor, features: Tensor, direction: Tensor)
     return -along if direction.shape[1] == width else -along - residuals @ direction[:, width]
 
 
+def last_layer_inverse_product(
+    logits: Tensor,
+    features: Tensor,
+    gradient: Tensor,
+    *,
+    damping: float | None = None,
+    tolerance: float = 1e-4,
+    reduce: Callable[[Tensor], Tensor] = _identity,
+) -> Tensor:
+    r"""(H + δI)⁻¹ G for a linear last layer under cross-entropy, by conjugate gradients on its stored inputs.
+
+    .. math:: H V = \frac{1}{N} \sum_i \left(\operatorname{diag} p_i - p_i p_i^\top\right) V [h_i, 1] [h_i, 1]^\top
+
+    This is the exact Hessian of the mean cross-entropy by that layer, whatever the labels. The network does not run.
+
+    Args:
+        logits: The layer's outputs on this process's share of the training samples.
+        features: :math:`h_i`, its inputs.
+        gradient: G, as of :func:`last_layer_gradient`, with a last column for the bias or without.
+        damping: δ, positive; None is a tenth of the mean eigenvalue of H.
+        tolerance: Where to stop: the residual's size, relative to G's.
+        reduce: Sums a tensor over the processes.
+
+    Shapes:
+        ``logits``: (N, C), ``features``: (N, D), ``gradient``: (C, D + 1) or (C, D). Returns the shape of G.
+
+    Raises:
+        ValueError: If the damping is not positive.
+        RuntimeError: If it does not converge.
+    """
+    if damping is not None and not 0 < damping < math.inf:
+        raise ValueError(f"damping must be positive, got {damping}: None is a tenth of the mean eigenvalue")
+    inputs = features if gradient.shape[1] == features.shape[1] else _with_one(features)
+    inputs, probabilities = inputs.double(), logits.double().softmax(-1)
+    total, size = gradient.double(), reduce(torch.tensor(len(inputs), device=inputs.device)).item()
+    if damping is None:
+        spread = probabilities - probabilities.square()  # the diagonal of each sample's block
+        trace = reduce((spread.sum(1) * inputs.square().sum(1)).sum()).item() / size
+        damping = 0.1 * trace / total.numel() or 1.0
+
+    def product(direction: Tensor) -> Tensor:
+        along = inputs @ direction.T
+        along = probabilities * (along - (probabilities * along).sum(1, keepdim=True))
+        return reduce(along.T @ inputs) / size + damping * direction
+
+    solution, residual = torch.zeros_like(total), total
+    direction, remaining = residual, residual.square().sum()
+    goal = tolerance**2 * remaining
+    for _ in range(10 * total.numel()):
+        if remaining <= goal:
+            return solution.to(gradient)
+        moved = product(direction)
+        step = remaining / (direction * moved).sum()
+        solution, residual = solution + step * direction, residual - step * moved
+        before, remaining = remaining, residual.square().sum()
+        direction = residual + remaining / before * direction
+    raise RuntimeError(f"conjugate gradients do not converge with damping {damping:.3g}: raise it")
+
+
 class _AsDataset(Dataset):
     """Batches as the rows of a data set that is read in order."""
 

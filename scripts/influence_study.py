@@ -156,8 +156,11 @@ def teach(args, distiller, name: str, *, seed: int = 0, label_noise: float = 0.0
 
 def noise(args) -> None:
     bases = {"labels alone": StudentAlone, "KD 50 %": lambda: KD(0.5), "KD 90 %": lambda: KD(0.9)}
+    ways = {"last, first order": {"hessian": "identity"}, "all, first order": {"layers": "all", "hessian": "identity"}}
     others = {
-        f"{base}, {layers}": KDAIF(make(), layers=layers) for base, make in bases.items() for layers in ("last", "all")
+        f"{base}, {way}": KDAIF(make(), **options)
+        for base, make in bases.items()
+        for way, options in {"last": {}, **ways}.items()
     }
     distiller = Rankings(KD(alpha=0.5), warm_up=args.warm_up, refresh_epochs=args.refresh_epochs, others=others)
     result = teach(args, distiller, "noise", label_noise=args.label_noise)
@@ -205,7 +208,7 @@ def safe(args) -> None:
     touched: dict[str, np.ndarray] = {}
 
     def weigh():
-        return KDAIF(KD(), layers=args.layers, warm_up=args.warm_up, refresh_epochs=args.refresh_epochs)
+        return KDAIF(KD(), warm_up=args.warm_up, refresh_epochs=args.refresh_epochs)
 
     runs = {
         "KD": teach(args, KD(), "kd"),
@@ -249,7 +252,6 @@ if __name__ == "__main__":
     parser.add_argument("--teacher", required=True)
     parser.add_argument("--output_dir", default="outputs/influence")
     parser.add_argument("--label_noise", type=float, default=0.2)
-    parser.add_argument("--layers", choices=["last", "all"], default="last")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--warm_up", type=float, default=0.3)
     parser.add_argument("--refresh_epochs", type=int, default=2)

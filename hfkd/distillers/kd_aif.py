@@ -23,6 +23,7 @@ from hfkd.influence import (
     inverse_hessian_product,
     last_layer_gradient,
     last_layer_influence,
+    last_layer_inverse_product,
     mean_gradient,
 )
 
@@ -167,17 +168,20 @@ class KDAIF(Wrapper):
 
     Each refresh writes ``influence/epoch-NNN.parquet`` into the output folder, with the columns ``index``, ``label``
     (as it was trained on), ``influence``, ``weight`` and ``epoch``. Costs, per refresh, a pass of student and teacher
-    over the training and the held-out set (``layers="last"``), or about three passes of the student
-    (``layers="all"``); :func:`~hfkd.influence.inverse_hessian_product` and
-    :func:`~hfkd.influence.ekfac_influence` more.
+    over the training and the held-out set (``layers="last"``), or about three passes (``layers="all"``);
+    :func:`~hfkd.influence.inverse_hessian_product` and :func:`~hfkd.influence.ekfac_influence` more.
 
     Args:
         base: The method to weigh; ``KD()`` by default. Its terms must be per sample.
         layers: Which parameters count: ``"last"``, the final linear layer in closed form, or ``"all"``, by one
             forward-mode pass.
-        hessian: ``"identity"`` (first order), ``"lissa"`` or ``"ekfac"`` (all linear and convolution layers; needs
-            ``pip install "hfkd[influence]"``).
-        damping: δ, for ``"lissa"`` and ``"ekfac"``.
+        hessian: H. Of the last layer ``"exact"``, that of its cross-entropy
+            (:func:`~hfkd.influence.last_layer_inverse_product`), or ``"identity"`` (first order); of all layers
+            ``"identity"``, ``"lissa"`` or ``"ekfac"`` (linear and convolution layers; needs
+            ``pip install "hfkd[influence]"``). To first order, the mean of the features outweighs what tells samples
+            apart.
+        damping: δ, positive; None is a tenth of the mean eigenvalue for ``"exact"`` and ``"ekfac"`` (there layer by
+            layer), and 0.01 for ``"lissa"``.
         iterations: Mini-batches of ``"lissa"``, each a Hessian-vector product; it warns where they do not suffice.
         weighting: ``"sigmoid"`` or ``"exp_minmax"``; see :func:`influence_weights`.
         sharpness: k of the sigmoid; 10.
@@ -207,8 +211,8 @@ class KDAIF(Wrapper):
         base: Distiller | None = None,
         *,
         layers: str = "last",
-        hessian: str = "identity",
-        damping: float = 0.01,
+        hessian: str = "exact",
+        damping: float | None = None,
         iterations: int = 200,
         weighting: str = "sigmoid",
         sharpness: float = 10.0,
@@ -224,15 +228,16 @@ class KDAIF(Wrapper):
             )
         for name, value, choices in (
             ("layers", layers, ("last", "all")),
-            ("hessian", hessian, ("identity", "lissa", "ekfac")),
+            ("hessian", hessian, ("exact", "identity") if layers == "last" else ("identity", "lissa", "ekfac")),
             ("teacher_update", teacher_update, ("none", "weighted", "meta")),
         ):
             if value not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-        if hessian == "ekfac" and layers == "last":
-            raise ValueError('hessian="ekfac" is over all linear and convolution layers: use layers="all"')
-        if not damping >= 0:
-            raise ValueError(f"damping must not be negative, got {damping}: 0.01 is the default")
+                where = f" with layers={layers!r}" if name == "hessian" else ""
+                raise ValueError(f"{name} must be one of {', '.join(choices)}{where}, got {value!r}")
+        if damping is not None and not 0 < damping < float("inf"):
+            raise ValueError(f"damping must be positive, got {damping}: None chooses it")
+        if iterations < 1:
+            raise ValueError(f"iterations must be at least 1, got {iterations}: 200 is the default")
         influence_weights(torch.zeros(2), weighting=weighting, sharpness=sharpness)  # checks them
         if refresh_epochs < 1:
             raise ValueError(f"refresh_epochs must be at least 1, got {refresh_epochs}: 1 refreshes at every epoch")
@@ -411,27 +416,29 @@ class KDAIF(Wrapper):
                 module.training = mode
 
     def _of_last_layer(self, context, train_losses, held_out_losses, train, held_out) -> Tensor:
-        student = context.student
+        student, reduce = context.student, _summing(context)
         head = find_module(base_model(student), head_path(student))
         bias = head.bias is not None
         total = sum(
             len(features) * last_layer_gradient(residuals, features, bias=bias)
-            for residuals, features in self._residuals(held_out_losses, held_out())
+            for residuals, features, _ in self._residuals(held_out_losses, held_out())
         )
-        direction = _summing(context)(total) / len(context.held_out_dataset)
-        if self.hessian == "lissa":
-            own = {id(parameter) for parameter in head.parameters()}
-            parameters = {name: p.detach() for name, p in student.named_parameters() if id(p) in own}
-            parts = direction.split([head.in_features, direction.shape[1] - head.in_features], 1)
-            vector = {name: part.reshape(p.shape) for (name, p), part in zip(parameters.items(), parts, strict=False)}
-            solved = self._inverse_product(context, train_losses, parameters, train, vector)
-            direction = torch.cat([part.reshape(len(direction), -1) for part in solved.values()], 1)
-        return torch.cat(
-            [
-                last_layer_influence(residuals, features, direction)
-                for residuals, features in self._residuals(train_losses, train())
-            ]
-        )
+        direction = reduce(total) / len(context.held_out_dataset)
+        residuals, features, logits = map(torch.cat, zip(*self._residuals(train_losses, train()), strict=True))
+        if self.hessian == "exact":
+            direction = last_layer_inverse_product(logits, features, direction, damping=self.damping, reduce=reduce)
+        return last_layer_influence(residuals, features, direction)
+
+    def _residuals(self, losses: _SampleLosses, batches) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Batch by batch the gradients of the losses by the logits, the inputs of the last layer, and the logits."""
+        layer = f"{head_path(losses.student)}:input"
+        for batch in batches:
+            with torch.no_grad():
+                outputs = losses.outputs(losses.student, batch, layer)
+            with torch.enable_grad():
+                logits = outputs.logits.requires_grad_()
+                (residuals,) = torch.autograd.grad(losses.of_outputs(outputs, batch).sum(), logits)
+            yield residuals, outputs.features[layer], logits.detach()
 
     def _of_all_layers(self, context, train_losses, held_out_losses, train, held_out) -> Tensor:
         student = context.student
@@ -442,30 +449,16 @@ class KDAIF(Wrapper):
         with forward_mode_ready(student):
             direction = mean_gradient(held_out_losses.functional, parameters, held_out, reduce=_summing(context))
             if self.hessian == "lissa":
-                direction = self._inverse_product(context, train_losses, parameters, train, direction)
+                direction = inverse_hessian_product(
+                    train_losses.functional,
+                    parameters,
+                    train,
+                    direction,
+                    damping=0.01 if self.damping is None else self.damping,
+                    iterations=self.iterations,
+                    reduce=_summing(context),
+                )
             return -directional_derivatives(train_losses.functional, parameters, train, direction)
-
-    def _inverse_product(self, context, losses, parameters, batches, vector) -> dict[str, Tensor]:
-        return inverse_hessian_product(
-            losses.functional,
-            parameters,
-            batches,
-            vector,
-            damping=self.damping,
-            iterations=self.iterations,
-            reduce=_summing(context),
-        )
-
-    def _residuals(self, losses: _SampleLosses, batches) -> Iterator[tuple[Tensor, Tensor]]:
-        """Gradients of the losses by the logits, (B, C), and the inputs of the last layer, (B, D), by batch."""
-        layer = f"{head_path(losses.student)}:input"
-        for batch in batches:
-            with torch.no_grad():
-                outputs = losses.outputs(losses.student, batch, layer)
-            with torch.enable_grad():
-                logits = outputs.logits.requires_grad_()
-                (residual,) = torch.autograd.grad(losses.of_outputs(outputs, batch).sum(), logits)
-            yield residual, outputs.features[layer]
 
     def _check_last_layer(self, context) -> None:
         student = context.student
