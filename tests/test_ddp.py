@@ -51,6 +51,15 @@ def test_the_data_set_hears_of_each_epoch(two_processes):
         assert sorted(set(result["epochs"])) == [0, 1]
 
 
+def test_influence_weights_are_alike_and_equal_one_process(two_processes, one_process):
+    """Each process measures its share, of 7 held-out samples 4 and 3."""
+    ranks, expected = two_processes["influence"], one_process("influence")
+    assert_identical(ranks[0]["weights"], ranks[1]["weights"])
+    torch.testing.assert_close(ranks[0]["weights"], expected["weights"], rtol=1e-6, atol=1e-6)
+    assert ranks[0]["tables"] == expected["tables"] == ["epoch-000.parquet", "epoch-001.parquet"]
+    assert (expected["weights"]["1.weights"] - 1).abs().max() > 0.1
+
+
 def test_memories_of_embeddings_are_alike_and_equal_one_process(two_processes, one_process):
     """The same negatives too, whatever process a sample is on."""
     ranks, expected = two_processes["contrastive"], one_process("contrastive")

@@ -27,6 +27,7 @@ from hfkd.influence import (
     inverse_hessian_product,
     last_layer_gradient,
     last_layer_influence,
+    last_layer_inverse_product,
     mean_gradient,
 )
 
@@ -644,6 +645,57 @@ def test_the_last_layer_in_closed_form(bias):
     with forward_mode_ready(model):
         derivatives = directional_derivatives(loss_of(model), parameters, batches, direction)
     torch.testing.assert_close(influence, -derivatives)
+
+
+def explicit_hessian(logits, features):
+    """Of the mean cross-entropy by a last layer's weight (and bias), by autograd on labels that do not matter."""
+    classes, width = logits.shape[1], features.shape[1]
+    labels = torch.arange(len(features)) % classes
+
+    def risk(change):  # of the layer, on top of the logits
+        return F.cross_entropy(logits + features @ change.reshape(classes, width).T, labels)
+
+    return torch.autograd.functional.hessian(risk, torch.zeros(classes * width, dtype=logits.dtype))
+
+
+def last_layer_problem(n=30, classes=4, width=3):
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(n, classes, generator=generator, dtype=torch.float64)
+    return logits, torch.rand(n, width, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("damping", [1e-3, 0.5, None])
+def test_the_last_layer_solves_with_its_exact_hessian(bias, damping):
+    logits, features = last_layer_problem()
+    inputs = torch.cat([features, torch.ones(30, 1)], 1) if bias else features
+    hessian = explicit_hessian(logits, inputs)
+    gradient = torch.randn(4, inputs.shape[1], dtype=torch.float64)
+    added = 0.1 * hessian.trace() / len(hessian) if damping is None else damping
+    expected = torch.linalg.solve(
+        hessian + added * torch.eye(len(hessian), dtype=torch.float64), gradient.flatten()
+    ).view_as(gradient)
+    product = last_layer_inverse_product(logits, features, gradient, damping=damping, tolerance=1e-13)
+    torch.testing.assert_close(product, expected, rtol=1e-7, atol=1e-9)
+
+
+def test_the_last_layer_of_two_processes_solves_as_that_of_one():
+    logits, features = last_layer_problem()
+    gradient = torch.randn(4, 4, dtype=torch.float64)
+    shares = [slice(0, 7), slice(7, 30)]
+    products = on_two_processes(
+        lambda rank, reduce: last_layer_inverse_product(
+            logits[shares[rank]], features[shares[rank]], gradient, tolerance=1e-13, reduce=reduce
+        )
+    )
+    expected = last_layer_inverse_product(logits, features, gradient, tolerance=1e-13)
+    for product in products:
+        torch.testing.assert_close(product, expected, rtol=1e-8, atol=1e-10)
+
+
+def test_a_last_layer_without_damping_is_refused():
+    with pytest.raises(ValueError, match="None is a tenth of the mean eigenvalue"):
+        last_layer_inverse_product(*last_layer_problem(), torch.ones(4, 3), damping=0.0)
 
 
 def test_a_direction_of_another_shape_is_refused():

@@ -26,7 +26,7 @@ from helpers import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
-from hfkd.distillers import AKD, CRD, KD, TTM, Combined, SelfDistillation
+from hfkd.distillers import AKD, CRD, KD, KDAIF, TTM, Combined, SelfDistillation
 
 
 def processes() -> int:
@@ -114,6 +114,24 @@ def contrastive(folder) -> dict:
     )
     trainer.train()
     return {"weights": weights(student, distiller), "crd": logged(trainer, "crd")}
+
+
+def influence(folder) -> dict:
+    """Weights by influence, on shares of unequal size; running statistics differ between processes until aligned."""
+    student, distiller = freeze_batch_norm(tiny("resnet")).double(), KDAIF(warm_up=0.0)
+    trainer = make_trainer(
+        folder,
+        student,
+        tiny_teacher("resnet").double(),
+        distiller,
+        rows("resnet", 24).double(),
+        max_steps=6,
+        trainer={"held_out_dataset": rows("resnet", 7, seed=9).double()},
+        **share(8),
+    )
+    trainer.train()
+    tables = sorted((folder / "influence").iterdir())
+    return {"weights": weights(student, distiller), "tables": [table.name for table in tables]}
 
 
 def mutual(folder) -> dict:
@@ -233,6 +251,7 @@ SCENARIOS = {
     "student_alone": student_alone,
     "bank": bank,
     "contrastive": contrastive,
+    "influence": influence,
     "mutual": mutual,
     "evaluation": evaluation,
     "second_train": second_train,
