@@ -304,27 +304,36 @@ class MemoryBank(nn.Module):
                 "class. Use KD(), which needs none"
             )
 
-    def rows(self, index: Tensor) -> Tensor:
-        """The rows of samples, by their ``index``."""
-        return torch.searchsorted(self.sample_index, index)
-
     def context(self, index: Tensor, *, temperature: float) -> Context:
         """What the bank knows about samples, by their ``index``; see :func:`aggregate_context`."""
-        rows = self.rows(index)
+        rows, known = self._rows(index)
         positives, negatives = self.positives[rows].long(), self.negatives[rows].long()
         similarities = self.positive_similarities[rows]
         neighbour_logits = self.logits[positives.clamp(min=0)]
         return Context(
             aggregate_context(neighbour_logits, similarities, temperature=temperature),
-            (positives != MISSING).any(1),
+            (positives != MISSING).any(1) & known,
             self.logits[negatives.clamp(min=0)],
-            negatives != MISSING,
+            (negatives != MISSING) & known[:, None],
         )
 
+    def _rows(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows of samples, and which of them the bank knows: none before it is filled."""
+        rows = torch.searchsorted(self.sample_index, index).clamp(max=len(self.sample_index) - 1)
+        return rows, self.sample_index[rows] == index
+
     def retrieved(self, index: Tensor) -> Neighbours:
-        """The neighbours of samples; these and those by their ``index``, to be shown."""
-        rows = self.rows(index)
-        known = {
+        """The neighbours of samples; these and those by their ``index``, to be shown.
+
+        Raises:
+            ValueError: If one of them is no training sample.
+        """
+        rows, known = self._rows(index)
+        if not known.all():
+            raise ValueError(
+                f"the bank has no sample {index[~known].tolist()[:5]}: pass numbers of the training set's column index"
+            )
+        neighbours = {
             name: torch.where(found == MISSING, MISSING, self.sample_index[found.clamp(min=0)])
             for name in ("positives", "negatives")
             for found in [getattr(self, name)[rows].long()]
@@ -332,4 +341,4 @@ class MemoryBank(nn.Module):
         similarities = {
             f"{side}_similarities": getattr(self, f"{side}_similarities")[rows] for side in ("positive", "negative")
         }
-        return Neighbours(index, **known, **similarities)
+        return Neighbours(index, **neighbours, **similarities)

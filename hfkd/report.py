@@ -154,6 +154,6 @@ def neighbour_gallery(
                 content, name = samples[other]
                 row.append(Sample(content, f"{name} {similarity:.2f}", style))
         rows.append(row)
-    shown = min(positives, neighbours.positives.shape[1])
-    headings = [(0, "sample"), (1, "same class"), (1 + shown, "other classes")]
-    return draw_rows(rows, headings[: 1 + (len(rows[0]) > 1) + (len(rows[0]) > 1 + shown)], path)
+    same, other = min(positives, neighbours.positives.shape[1]), min(negatives, neighbours.negatives.shape[1])
+    headings = [(0, 1, "sample"), (1, same, "same class"), (1 + same, other, "other classes")]
+    return draw_rows(rows, [(column, text) for column, width, text in headings if width], path)

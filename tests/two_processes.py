@@ -26,7 +26,7 @@ from helpers import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
-from hfkd.distillers import AKD, CRD, KD, TTM, Combined, SelfDistillation
+from hfkd.distillers import AKD, CRD, KD, TTM, Combined, InContextKD, SelfDistillation
 
 
 def processes() -> int:
@@ -114,6 +114,31 @@ def contrastive(folder) -> dict:
     )
     trainer.train()
     return {"weights": weights(student, distiller), "crd": logged(trainer, "crd")}
+
+
+def in_context(folder) -> dict:
+    """Banks of the teacher, of two peers and of the student itself; one process passes over a sample more."""
+    results = {}
+    for mode in ("offline", "online", "teacher_free"):
+        distiller = InContextKD(mode, neighbours=2, negatives=4, refresh=None if mode == "offline" else 0.25)
+        student = freeze_batch_norm(tiny("resnet")).double()
+        trainer = make_trainer(
+            Path(folder, mode),
+            student,
+            tiny_teacher("resnet").double() if mode == "offline" else None,
+            distiller,
+            rows("resnet", 15).double(),
+            max_steps=4,
+            learning_rate=0.01,
+            dataloader_drop_last=True,
+            **share(),
+        )
+        if mode == "online":
+            freeze_batch_norm(trainer.teacher_model)
+        trainer.train()
+        parts = [part for part in (student, distiller, trainer.teacher_model) if part is not None]
+        results[mode] = {"weights": weights(*parts), "picd": logged(trainer, "picd")}
+    return results
 
 
 def mutual(folder) -> dict:
@@ -233,6 +258,7 @@ SCENARIOS = {
     "student_alone": student_alone,
     "bank": bank,
     "contrastive": contrastive,
+    "in_context": in_context,
     "mutual": mutual,
     "evaluation": evaluation,
     "second_train": second_train,

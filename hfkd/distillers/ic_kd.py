@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hfkd.distillers.base import Distiller, check_not_negative, check_temperature, reduce_batch
@@ -119,7 +120,7 @@ def nicd_loss(
         per_sample = losses.sum(1) / there.sum(1).clamp(min=1)
     else:
         scores = (excess / temperature).masked_fill(~there, -torch.inf)
-        per_sample = torch.cat([torch.zeros_like(scores[:, :1]), scores], 1).logsumexp(1)
+        per_sample = F.pad(scores, (1, 0)).logsumexp(1)
     return reduce_batch(per_sample, reduction)
 
 
