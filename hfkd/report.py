@@ -22,14 +22,14 @@ from hfkd.memory import MISSING, Neighbours
 # Colour and line style say the same (Okabe and Ito's colours).
 QUERY, SAME, OTHER = ("black", "-"), ("#0072B2", "-"), ("#D55E00", (0, (3, 2)))
 _WIDE = 34  # characters of a line of text
-_LINES = 4
+_LINES = 6
 
 
 @dataclass
 class Sample:
-    """One thing to show: an image, or a text, and what is written above it."""
+    """One thing to show: an image, or the texts of a sample, and what is written above it."""
 
-    content: PIL.Image.Image | str
+    content: PIL.Image.Image | list[str]
     title: str
     style: tuple[str, Any] = QUERY
 
@@ -64,10 +64,10 @@ class Samples:
                 "load_text_data gave it, before tokenize and ImageDataset"
             )
 
-    def __getitem__(self, number: int) -> tuple[PIL.Image.Image | str, str]:
+    def __getitem__(self, number: int) -> tuple[PIL.Image.Image | list[str], str]:
         """What a sample shows, and the name of its class."""
         row = self.split[self.places[int(number)]]
-        content = row["image"] if self.columns == ["image"] else " | ".join(row[name] for name in self.columns)
+        content = row["image"] if self.columns == ["image"] else [row[name] for name in self.columns]
         return content, class_name(row["label"], self.label_names)
 
 
@@ -78,11 +78,12 @@ def draw_sample(axes: Axes, sample: Sample) -> None:
     axes.set_yticks([])
     for side in axes.spines.values():
         side.set(color=colour, linestyle=dashes, linewidth=1.8)
-    axes.set_title(sample.title, fontsize=7, pad=3)
-    if isinstance(sample.content, str):
-        text = textwrap.shorten(sample.content, _WIDE * _LINES, placeholder=" …")
-        lines = textwrap.wrap(text, _WIDE)[:_LINES]
-        axes.text(0.03, 0.5, "\n".join(lines).replace("$", r"\$"), fontsize=6, va="center", transform=axes.transAxes)
+    axes.set_title(sample.title, fontsize=7, pad=3, parse_math=False)
+    if isinstance(sample.content, list):
+        each = {"width": _WIDE, "max_lines": _LINES // len(sample.content), "placeholder": " …"}
+        lines = [line for text in sample.content for line in textwrap.wrap(text, initial_indent="– ", **each)]
+        place = {"va": "center", "transform": axes.transAxes, "parse_math": False}
+        axes.text(0.03, 0.5, "\n".join(lines), fontsize=6, **place)
         return
     grey = sample.content.mode in ("1", "L")
     axes.imshow(np.asarray(sample.content), cmap="gray" if grey else None, interpolation="nearest", aspect="equal")
@@ -99,7 +100,9 @@ def draw_rows(rows: Sequence[Sequence[Sample | None]], headings: Sequence[tuple[
     Returns:
         The path.
     """
-    width, height = (2.0, 0.85) if any(s and isinstance(s.content, str) for row in rows for s in row) else (0.95, 1.15)
+    width, height = (
+        (2.0, 0.85) if any(s and isinstance(s.content, list) for row in rows for s in row) else (0.95, 1.15)
+    )
     columns = len(rows[0])
     figure = Figure(figsize=(width * columns + 0.2, height * len(rows) + 0.5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)

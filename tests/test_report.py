@@ -78,9 +78,11 @@ def test_texts_are_cut_to_their_place(tmp_path, drawn):
     neighbour_gallery(texts(), neighbours(), tmp_path / "gallery.png", positives=1)
     (figure,) = drawn
     written = [[text.get_text() for text in axes.texts if text.get_fontsize() == 6] for axes in figure.axes]
-    assert written[0] == [r"It costs \$5 and \$6. | e"]
-    assert written[2] == ["c | h"]
-    assert all(line.count("\n") < 4 and len(line) < 200 for lines in written for line in lines)
+    assert written[0] == ["– It costs $5 and $6.\n– e"]
+    assert written[2] == ["– c\n– h"]
+    (cut,) = written[1]
+    assert [len(line) <= 34 for line in cut.split("\n")] == [True] * 6
+    assert cut.count("…") == 2
     assert len(figure.axes) == 6
 
 
