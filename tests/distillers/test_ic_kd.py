@@ -506,6 +506,19 @@ def test_what_it_cannot_work_with_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["offline", "online", "teacher_free"])
+def test_passes_run_in_the_precision_of_the_steps(tmp_path, mode):
+    """A teacher in bfloat16 answers to float inputs under autocast alone."""
+    distiller = small(mode, **({} if mode == "offline" else {"refresh": 0.3}))
+    teacher = tiny_teacher("cifar").bfloat16() if mode == "offline" else None
+    trainer = make_trainer(tmp_path, tiny("cifar"), teacher, distiller, rows("cifar"), bf16=True)
+    trainer.train()
+    bank = distiller.teacher_bank or distiller.student_bank
+    assert bank.logits.dtype == torch.float32
+    assert torch.equal(bank.logits, bank.logits.bfloat16().float())
+    assert logged(trainer, "picd")[-1] > 0
+
+
+@pytest.mark.parametrize("mode", ["offline", "online", "teacher_free"])
 def test_accumulated_steps_are_whole_ones(tmp_path, mode):
     runs = []
     for accumulation in (1, 4):
