@@ -210,7 +210,7 @@ class InContextKD(Distiller):
             "online": {},
             "teacher_free": {"alpha": alpha, "teacher_layers": teacher_layers, "peer": peer},
         }[mode]
-        if given := [name for name, value in meaningless.items() if value is not None]:
+        if given := [name for name, value in meaningless.items() if value not in (None, ())]:
             raise ValueError(f"{', '.join(given)} has no meaning with mode={mode!r}: leave it out")
         if alpha is not None and not 0 <= alpha <= 1:
             raise ValueError(f"alpha must lie in [0, 1], got {alpha}: 0 is the labels alone, 1 the teacher alone")
@@ -224,12 +224,12 @@ class InContextKD(Distiller):
             )
         _check_negative_loss(negative_loss)
         check_not_negative(margin=margin)
-        refresh = 0.1 if refresh is None else refresh
-        if not 0 < refresh < 1:
+        refresh = 0.1 if refresh is None and mode != "offline" else refresh
+        if refresh is not None and not 0 < refresh < 1:
             raise ValueError(f"refresh must lie in (0, 1), got {refresh}: it is a share of training")
         check_index(index)
         self.mode = mode
-        self.alpha = {"offline": 0.9, "online": 0.5, "teacher_free": 0.0}[mode] if alpha is None else alpha
+        self.alpha = {"offline": 0.9, "online": 0.5, "teacher_free": None}[mode] if alpha is None else alpha
         self.temperature, self.picd_weight, self.nicd_weight = temperature, picd_weight, nicd_weight
         self.neighbours, self.negatives, self.index = neighbours, negatives, index
         self.retrieval_temperature, self.negative_temperature = retrieval_temperature, negative_temperature
@@ -237,6 +237,8 @@ class InContextKD(Distiller):
         self.named_layers = {"student": to_paths(student_layers), "teacher": to_paths(teacher_layers)}
         if max(map(len, self.named_layers.values())) > 1:
             raise ValueError("InContextKD retrieves by one layer of a model: name one")
+        if mode == "offline":  # whose teacher is outside, and answers with the layer at each step
+            self.teacher_layers = self.named_layers["teacher"]
         self.peer_seed = peer_seed
         self.given_peers = () if peer is None else (peer,)  # in a tuple, which does not make it a part of the method
         self.needs_teacher, self.trains_teacher = mode != "teacher_free", mode == "online"
@@ -281,10 +283,10 @@ class InContextKD(Distiller):
         return {f"peer_{name}": term for name, term in terms.items()}
 
     def _terms(self, own, other, batch, bank: MemoryBank) -> dict[str, Tensor]:
-        terms = {"task": (1 - self.alpha) * self.task_loss(own, batch)}
+        terms = {"task": self.task_loss(own, batch)}
         if self.mode != "teacher_free":
             distillation = kd_loss(own.logits, other.logits, temperature=self.temperature, reduction="none")
-            terms["kd"] = self.alpha * distillation
+            terms = {"task": (1 - self.alpha) * terms["task"], "kd": self.alpha * distillation}
         known = bank.context(batch["index"], temperature=self.retrieval_temperature)
         picd = picd_loss(own.logits, known.positive_logits, temperature=self.temperature, reduction="none")
         nicd = nicd_loss(
@@ -306,8 +308,9 @@ class InContextKD(Distiller):
         return (self.student_bank if self.mode == "teacher_free" else self.teacher_bank).retrieved(index)
 
     def on_train_begin(self, context):
-        self._refreshed = self._due(context)
-        if self.mode == "offline" and not self.teacher_bank.is_filled:
+        if self.mode != "offline":
+            self._refreshed = self._due(context)
+        elif not self.teacher_bank.is_filled:
             self._fill(context, "teacher", context.teacher)
 
     def on_step_end(self, context):

@@ -26,6 +26,7 @@ from hfkd.distillers import DML, KD, Combined, InContextKD, ModelOutputs
 from hfkd.features import dataset_features
 from hfkd.functional import aggregate_context, kd_loss, nicd_loss, picd_loss
 from hfkd.memory import MISSING, MemoryBank, find_neighbours
+from hfkd.modelcard import describe
 
 
 LOGITS = torch.tensor(
@@ -581,6 +582,14 @@ def test_it_resumes_bit_for_bit(tmp_path, family, mode, monkeypatch):
     assert_identical(parts(whole), parts(resumed))
     assert logged(whole, "picd") == logged(resumed, "picd")
     assert logged(whole, "picd")[-1] > 0
+
+
+@pytest.mark.parametrize("mode", ["offline", "online", "teacher_free"])
+def test_the_model_card_shows_a_call_that_makes_it(tmp_path, mode):
+    distiller = ready(tmp_path, mode=mode, distiller=small(mode, picd_weight=0.3)).distiller
+    again = eval(describe(distiller), {"InContextKD": InContextKD})
+    assert describe(again) == describe(distiller)
+    assert (again.mode, again.picd_weight, again.negatives) == (mode, 0.3, 4)
 
 
 def test_in_a_combination_the_bank_is_filled(tmp_path):
