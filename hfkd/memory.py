@@ -233,6 +233,7 @@ class MemoryBank(nn.Module):
     logits for each sample of the batch. The averages of neighbours are not kept either, since they would take as much
     as the logits themselves (5 GB each for ImageNet) to save K of those K + M rows. That makes N (4 C + 8 K + 6 M + 8)
     bytes, here and in each checkpoint: 25 MB for 50,000 samples of 10 classes with K = 8 and M = 64.
+    They must fit in the memory of the device.
 
     Args:
         size: N, number of training samples.
