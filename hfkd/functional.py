@@ -9,6 +9,7 @@ from hfkd.distillers.dist import dist_loss
 from hfkd.distillers.dkd import dkd_loss, nckd_loss, tckd_loss
 from hfkd.distillers.fitnet import hint_loss
 from hfkd.distillers.hidden_states import hidden_state_loss
+from hfkd.distillers.ic_kd import nicd_loss, picd_loss
 from hfkd.distillers.kd import kd_loss
 from hfkd.distillers.kd_aif import influence_weights
 from hfkd.distillers.label_smoothing import label_smoothing_loss
@@ -21,10 +22,12 @@ from hfkd.distillers.standardized_logits import standardize_logits
 from hfkd.distillers.tf_kd import virtual_kd_loss
 from hfkd.distillers.ttm import ttm_loss, wttm_loss
 from hfkd.distillers.vid import vid_loss
+from hfkd.memory import aggregate_context
 
 
 __all__ = [
     "aekt_loss",
+    "aggregate_context",
     "attention_relation_loss",
     "attention_score_loss",
     "attention_transfer_loss",
@@ -39,7 +42,9 @@ __all__ = [
     "kd_loss",
     "label_smoothing_loss",
     "nckd_loss",
+    "nicd_loss",
     "nkd_loss",
+    "picd_loss",
     "pkt_loss",
     "rkd_loss",
     "sp_loss",

@@ -141,3 +141,71 @@ def compute_metrics(task: str | TaskData) -> Callable[[EvalPrediction], dict[str
         return metric.compute(predictions=predicted[labelled], references=labels[labelled])
 
     return compute
+
+
+def compactness(features, labels) -> float:
+    r"""How far the samples of a class lie from its centroid; small is compact.
+
+    .. math:: \frac{1}{N} \sum_i \left(1 - \cos(f_i, \mu_{y_i})\right)
+
+    with :math:`\mu_c` the mean of the l2-normalised features of class c.
+
+    Args:
+        features: (N, D), any array or tensor without gradient, such as from :func:`hfkd.features.dataset_features`.
+        labels: (N,) class indices; samples with -100 are left out.
+
+    Returns:
+        A number in [0, 2].
+
+    Raises:
+        ValueError: If no sample has a label.
+
+    >>> compactness([[1.0, 0.0], [2.0, 0.0], [0.0, 3.0]], [0, 0, 1])
+    0.0
+    """
+    unit, classes, centroids = _classes(features, labels)
+    return float(np.mean(1 - np.sum(unit * centroids[classes], axis=1)))
+
+
+def separability(features, labels) -> float:
+    r"""How far the classes lie from each other; large is separate.
+
+    .. math:: \frac{2}{C (C - 1)} \sum_{c < d} \left(1 - \cos(\mu_c, \mu_d)\right)
+
+    with :math:`\mu_c` as in :func:`compactness`. ``separability(…) / compactness(…)`` puts the distance between
+    classes in units of the distance within them: a larger ratio is a clearer structure.
+
+    Args:
+        features: (N, D), any array or tensor without gradient.
+        labels: (N,) class indices; samples with -100 are left out.
+
+    Returns:
+        A number in [0, 2].
+
+    Raises:
+        ValueError: If fewer than two classes have samples.
+
+    >>> separability([[1.0, 0.0], [2.0, 0.0], [0.0, 3.0]], [0, 0, 1])
+    1.0
+    """
+    _, _, centroids = _classes(features, labels)
+    if len(centroids) < 2:
+        raise ValueError("separability is about at least two classes, and the samples have one label")
+    first, second = np.triu_indices(len(centroids), 1)
+    return float(np.mean(1 - (centroids @ centroids.T)[first, second]))
+
+
+def _classes(features, labels) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Unit features of the labelled samples, the place of each one's class among the centroids, and unit centroids."""
+    features, labels = np.asarray(features, np.float64), np.asarray(labels)
+    labelled = labels != -100
+    if not labelled.any():
+        raise ValueError("no sample has a label: these figures compare classes")
+    unit = _unit(features[labelled])
+    names, classes = np.unique(labels[labelled], return_inverse=True)
+    return unit, classes, _unit(np.stack([unit[classes == c].mean(0) for c in range(len(names))]))
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    return np.divide(rows, lengths, out=np.zeros_like(rows), where=lengths > 0)

@@ -68,6 +68,16 @@ def test_memories_of_embeddings_are_alike_and_equal_one_process(two_processes, o
     assert ranks[0]["crd"] == pytest.approx(expected["crd"], rel=1e-5)
 
 
+@pytest.mark.parametrize("mode", ["offline", "online", "teacher_free"])
+def test_banks_of_neighbours_are_alike_and_equal_one_process(two_processes, one_process, mode):
+    ranks, expected = ([result[mode] for result in two_processes["in_context"]], one_process("in_context")[mode])
+    assert_identical(ranks[0]["weights"], ranks[1]["weights"])
+    for name, tensor in expected["weights"].items():
+        torch.testing.assert_close(ranks[0]["weights"][name], tensor, rtol=0, atol=1e-6, msg=name)
+    assert ranks[0]["picd"] == pytest.approx(expected["picd"], rel=1e-5)
+    assert expected["picd"][-1] > 1e-3
+
+
 def test_a_trained_teacher_equals_one_process(two_processes, one_process):
     ranks = two_processes["mutual"]
     assert_identical(ranks[0]["weights"], ranks[1]["weights"])

@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import (
     FAMILIES,
+    NUM_LABELS,
     TEXT,
     Rows,
     assert_identical,
@@ -23,6 +24,7 @@ from hfkd.data import DistillationCollator
 from hfkd.distillers import KD, Combined, Distiller, ModelOutputs, Wrapper
 from hfkd.features import (
     capture,
+    dataset_features,
     detached,
     find_module,
     head_path,
@@ -271,6 +273,38 @@ def test_a_probe_leaves_no_trace(family):
     assert torch.equal(torch.get_rng_state(), random)
     assert [module.training for module in model.modules()] == modes
     assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("family", ["bert", "cifar"])
+def test_features_of_a_data_set_are_those_of_its_samples(tmp_path, family):
+    """In evaluation mode, in order, and without a trace: neither in the model nor in the random numbers."""
+    model, dataset = tiny(family, dropout=0.5).train(), rows(family, 11)
+    trainer = make_trainer(tmp_path, model, tiny_teacher(family), KD(), dataset)
+    before = weights(model)
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    features, labels = dataset_features(model, trainer.context.batches(dataset))
+    assert torch.equal(torch.rand(2), expected)
+    assert_identical(weights(model), before)
+    assert model.training
+    assert torch.equal(labels, dataset.columns["labels"])
+    model.eval()
+    for i in (0, 9, 10):
+        row = {name: column[None] for name, column in dataset[i].items()}
+        alone = probe(model, row, (f"{head_path(model)}:input",))
+        torch.testing.assert_close(features[i : i + 1], next(iter(alone.values())))
+    named, _ = dataset_features(model, trainer.context.batches(dataset), head_path(model))
+    assert named.shape == (11, NUM_LABELS)
+
+
+def test_a_teachers_features_are_of_its_own_columns():
+    model, columns = tiny("cifar"), rows("cifar", 4).columns
+    other = rows("cifar", 4, seed=1).columns["pixel_values"]
+    features, _ = dataset_features(model, [{**columns, "teacher_pixel_values": other}], prefix="teacher_")
+    expected, _ = dataset_features(model, [{**columns, "pixel_values": other}])
+    assert torch.equal(features, expected)
+    assert not torch.equal(features, dataset_features(model, [columns])[0])
 
 
 def test_a_probe_restores_the_mode_when_the_model_fails():

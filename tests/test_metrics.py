@@ -1,13 +1,17 @@
+import itertools
+import math
+
 import evaluate
 import numpy as np
 import pytest
 import scipy.stats
 import sklearn.metrics
+import torch
 from datasets import Dataset
 from transformers import EvalPrediction
 
 from hfkd.data import TaskData
-from hfkd.metrics import compute_metrics, load_metric, main_metric
+from hfkd.metrics import compactness, compute_metrics, load_metric, main_metric, separability
 
 
 def confusion(predicted, labels):
@@ -111,3 +115,45 @@ def test_own_regression_is_known_by_its_data():
     result = compute_metrics(data)(EvalPrediction(scores, labels))
     # -1 is a value here.
     assert result["pearson"] == pytest.approx(scipy.stats.pearsonr(scores[:, 0], labels)[0])
+
+
+def geometry(features, labels):
+    """Loops over samples, classes and coordinates."""
+    rows = [[value / math.hypot(*row) for value in row] for row, y in zip(features, labels, strict=True) if y != -100]
+    labels = [y for y in labels if y != -100]
+    centroids = {}
+    for c in sorted(set(labels)):
+        members = [row for row, y in zip(rows, labels, strict=True) if y == c]
+        centroid = [math.fsum(column) / len(members) for column in zip(*members, strict=True)]
+        centroids[c] = [value / math.hypot(*centroid) for value in centroid]
+    cosine = lambda a, b: math.fsum(x * y for x, y in zip(a, b, strict=True))  # noqa: E731
+    within = [1 - cosine(row, centroids[y]) for row, y in zip(rows, labels, strict=True)]
+    between = [1 - cosine(a, b) for a, b in itertools.combinations(centroids.values(), 2)]
+    return math.fsum(within) / len(within), math.fsum(between) / len(between)
+
+
+@pytest.mark.parametrize("as_tensor", [True, False])
+def test_compactness_and_separability_are_their_definitions(as_tensor):
+    generator = np.random.default_rng(0)
+    features, labels = generator.normal(size=(30, 4)) * 5, generator.integers(0, 4, 30)
+    labels[::7] = -100
+    expected = geometry(features.tolist(), labels.tolist())
+    if as_tensor:
+        features, labels = torch.from_numpy(features), torch.from_numpy(labels)
+    assert compactness(features, labels) == pytest.approx(expected[0], abs=1e-12)
+    assert separability(features, labels) == pytest.approx(expected[1], abs=1e-12)
+
+
+def test_tight_and_opposite_classes_are_compact_and_separate():
+    features = [[1.0, 0.0], [5.0, 0.0], [-2.0, 0.0]]
+    assert compactness(features, [0, 0, 1]) == 0.0
+    assert separability(features, [0, 0, 1]) == 2.0
+    assert compactness(features, [0, 1, 0]) > 0.5
+    assert compactness([[0.0, 0.0], [1.0, 0.0]], [0, 0]) == 0.5  # no direction is a distance of 1
+
+
+def test_geometry_needs_classes():
+    with pytest.raises(ValueError, match="no sample has a label"):
+        compactness([[1.0]], [-100])
+    with pytest.raises(ValueError, match="at least two classes"):
+        separability([[1.0], [2.0]], [3, 3])

@@ -26,7 +26,7 @@ from helpers import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
-from hfkd.distillers import AKD, CRD, KD, KDAIF, TTM, Combined, SelfDistillation
+from hfkd.distillers import AKD, CRD, KD, KDAIF, TTM, Combined, InContextKD, SelfDistillation
 
 
 def processes() -> int:
@@ -132,6 +132,31 @@ def influence(folder) -> dict:
     trainer.train()
     tables = sorted((folder / "influence").iterdir())
     return {"weights": weights(student, distiller), "tables": [table.name for table in tables]}
+
+
+def in_context(folder) -> dict:
+    """Banks of the teacher, of two peers and of the student itself; one process passes over a sample more."""
+    results = {}
+    for mode in ("offline", "online", "teacher_free"):
+        distiller = InContextKD(mode, neighbours=2, negatives=4, refresh=None if mode == "offline" else 0.25)
+        student = freeze_batch_norm(tiny("resnet")).double()
+        trainer = make_trainer(
+            Path(folder, mode),
+            student,
+            tiny_teacher("resnet").double() if mode == "offline" else None,
+            distiller,
+            rows("resnet", 15).double(),
+            max_steps=4,
+            learning_rate=0.01,
+            dataloader_drop_last=True,
+            **share(),
+        )
+        if mode == "online":
+            freeze_batch_norm(trainer.teacher_model)
+        trainer.train()
+        parts = [part for part in (student, distiller, trainer.teacher_model) if part is not None]
+        results[mode] = {"weights": weights(*parts), "picd": logged(trainer, "picd")}
+    return results
 
 
 def mutual(folder) -> dict:
@@ -252,6 +277,7 @@ SCENARIOS = {
     "bank": bank,
     "contrastive": contrastive,
     "influence": influence,
+    "in_context": in_context,
     "mutual": mutual,
     "evaluation": evaluation,
     "second_train": second_train,

@@ -15,6 +15,7 @@ from hfkd.distillers.dkd import DKD
 from hfkd.distillers.dml import DML
 from hfkd.distillers.fitnet import FitNet
 from hfkd.distillers.hidden_states import HiddenStates
+from hfkd.distillers.ic_kd import InContextKD
 from hfkd.distillers.kd import KD
 from hfkd.distillers.kd_aif import KDAIF
 from hfkd.distillers.label_smoothing import LabelSmoothing
@@ -53,6 +54,7 @@ __all__ = [
     "Distiller",
     "FitNet",
     "HiddenStates",
+    "InContextKD",
     "LabelSmoothing",
     "ModelOutputs",
     "ReviewKD",

@@ -12,6 +12,33 @@ from hfkd.distillers.kd import kd_loss
 from hfkd.features import base_model
 
 
+def make_peer(method: str, student: nn.Module, given: tuple[nn.Module, ...], seed: int) -> nn.Module:
+    """The second network of a method: the one that was given, or one of the student's configuration, fresh.
+
+    Raises:
+        ValueError: If the two networks would never differ, or a PEFT student was given no peer.
+    """
+    if given:
+        peer = given[0]
+    elif base_model(student) is not student:
+        raise ValueError(
+            f"{method} cannot make a peer for a PEFT student: pass {method}(peer=...), such as another PEFT model"
+        )
+    else:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            peer = type(student)(copy.deepcopy(student.config)).to(student.dtype)
+    own = dict(student.named_parameters())
+    if peer is not student and all(
+        name in own and torch.equal(parameter.to(own[name]), own[name]) for name, parameter in peer.named_parameters()
+    ):
+        raise ValueError(
+            "the peer starts from the student's very weights, so that the two would have nothing to teach each "
+            f"other: choose another peer_seed than {seed}, or pass another peer"
+        )
+    return peer
+
+
 class DML(Distiller):
     r"""Two networks that learn from the labels and from each other: each minimises ``task + weight * dml``.
 
@@ -45,26 +72,7 @@ class DML(Distiller):
         self.given_peers = () if peer is None else (peer,)  # in a tuple, which does not make it a part of the method
 
     def make_teacher(self, student):
-        if self.given_peers:
-            peer = self.given_peers[0]
-        elif base_model(student) is not student:
-            raise ValueError(
-                "DML cannot make a peer for a PEFT student: pass DML(peer=...), such as another PEFT model"
-            )
-        else:
-            with torch.random.fork_rng():
-                torch.manual_seed(self.peer_seed)
-                peer = type(student)(copy.deepcopy(student.config)).to(student.dtype)
-        own = dict(student.named_parameters())
-        if peer is not student and all(
-            name in own and torch.equal(parameter.to(own[name]), own[name])
-            for name, parameter in peer.named_parameters()
-        ):
-            raise ValueError(
-                "the peer starts from the student's very weights, so that the two would have nothing to teach each "
-                f"other: choose another peer_seed than {self.peer_seed}, or pass another peer"
-            )
-        return peer
+        return make_peer("DML", student, self.given_peers, self.peer_seed)
 
     def forward(self, student, teacher, batch):
         dml = kd_loss(student.logits, teacher.logits, temperature=1.0, reduction="none")

@@ -1,0 +1,162 @@
+"""Pictures that explain: which samples a method made use of. PNG files, readable in print and by the colour-blind."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import PIL.Image
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from hfkd.data.task_data import UNLABELLED, is_text
+from hfkd.memory import MISSING, Neighbours
+
+
+# Colour and line style say the same (Okabe and Ito's colours).
+QUERY, SAME, OTHER = ("black", "-"), ("#0072B2", "-"), ("#D55E00", (0, (3, 2)))
+_WIDE = 34  # characters of a line of text
+_LINES = 6
+
+
+@dataclass
+class Sample:
+    """One thing to show: an image, or the texts of a sample, and what is written above it."""
+
+    content: PIL.Image.Image | list[str]
+    title: str
+    style: tuple[str, Any] = QUERY
+
+
+def class_name(label: int, label_names: Sequence[str] | None) -> str:
+    """The name of a class, its number where there are no names, and a dash without a label."""
+    if label == UNLABELLED:
+        return "–"
+    return str(label) if label_names is None else label_names[label]
+
+
+class Samples:
+    """The images or texts of a split, by their numbers in the column ``index``.
+
+    Args:
+        split: With the columns ``image`` or text, ``label`` and ``index``: of ``load_image_data`` or
+            ``load_text_data``, before any tokenisation.
+
+    Raises:
+        ValueError: If the split has neither images nor text.
+    """
+
+    def __init__(self, split: datasets.Dataset):
+        self.split = split
+        self.places = {int(number): place for place, number in enumerate(split.with_format("numpy")["index"][:])}
+        feature = split.features["label"]
+        self.label_names = feature.names if isinstance(feature, datasets.ClassLabel) else None
+        self.columns = [name for name, feature in split.features.items() if name == "image" or is_text(feature)]
+        if not self.columns:
+            raise ValueError(
+                f"nothing to show among {', '.join(split.column_names)}: pass the split as load_image_data or "
+                "load_text_data gave it, before tokenize and ImageDataset"
+            )
+
+    def __getitem__(self, number: int) -> tuple[PIL.Image.Image | list[str], str]:
+        """What a sample shows, and the name of its class."""
+        row = self.split[self.places[int(number)]]
+        content = row["image"] if self.columns == ["image"] else [row[name] for name in self.columns]
+        return content, class_name(row["label"], self.label_names)
+
+
+def draw_sample(axes: Axes, sample: Sample) -> None:
+    """Draw one image or text with its title and frame."""
+    colour, dashes = sample.style
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for side in axes.spines.values():
+        side.set(color=colour, linestyle=dashes, linewidth=1.8)
+    axes.set_title(sample.title, fontsize=7, pad=3, parse_math=False)
+    if isinstance(sample.content, list):
+        each = {"width": _WIDE, "max_lines": _LINES // len(sample.content), "placeholder": " …"}
+        lines = [line for text in sample.content for line in textwrap.wrap(text, initial_indent="– ", **each)]
+        place = {"va": "center", "transform": axes.transAxes, "parse_math": False}
+        axes.text(0.03, 0.5, "\n".join(lines), fontsize=6, **place)
+        return
+    grey = sample.content.mode in ("1", "L")
+    axes.imshow(np.asarray(sample.content), cmap="gray" if grey else None, interpolation="nearest", aspect="equal")
+
+
+def draw_rows(rows: Sequence[Sequence[Sample | None]], headings: Sequence[tuple[int, str]], path: str | Path) -> Path:
+    """Draw rows of samples, a None left empty, and save them as PNG.
+
+    Args:
+        rows: All of the same length.
+        headings: What to write above a column, by its number; the text starts there.
+        path: Where to, ending in ``.png``.
+
+    Returns:
+        The path.
+    """
+    width, height = (
+        (2.0, 0.85) if any(s and isinstance(s.content, list) for row in rows for s in row) else (0.95, 1.15)
+    )
+    columns = len(rows[0])
+    figure = Figure(figsize=(width * columns + 0.2, height * len(rows) + 0.5), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(len(rows), columns, squeeze=False)
+    for axes, sample in zip(grid.flat, (sample for row in rows for sample in row), strict=True):
+        axes.set_axis_off()
+        if sample is not None:
+            axes.set_axis_on()
+            draw_sample(axes, sample)
+    for column, heading in headings:
+        grid[0, column].annotate(
+            heading, (0, 1), (0, 18), xycoords="axes fraction", textcoords="offset points", fontsize=8, weight="bold"
+        )
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png")
+    return path
+
+
+def neighbour_gallery(
+    split: datasets.Dataset, neighbours: Neighbours, path: str | Path, *, positives: int = 4, negatives: int = 3
+) -> Path:
+    """Show samples with what was retrieved for them: a row each, the nearest first, with cosine similarities.
+
+    Samples of the same class have a solid blue frame, those of other classes a dashed orange one.
+
+    Args:
+        split: The training split that the neighbours are from; see :class:`Samples`.
+        neighbours: By the samples' ``index``: ``trainer.distiller.retrieved(torch.tensor([0, 7, 9]))`` of
+            :class:`~hfkd.distillers.InContextKD`.
+        path: Where to save the picture, as PNG.
+        positives: How many of the same class to show.
+        negatives: How many of other classes to show.
+
+    Returns:
+        The path.
+    """
+    samples = Samples(split)
+    sides = (
+        (neighbours.positives, neighbours.positive_similarities, positives, SAME),
+        (neighbours.negatives, neighbours.negative_similarities, negatives, OTHER),
+    )
+    rows = []
+    for place, number in enumerate(neighbours.rows.tolist()):
+        row: list[Sample | None] = [Sample(*samples[number])]
+        for found, similarities, count, style in sides:
+            nearest = zip(found[place, :count].tolist(), similarities[place, :count].tolist(), strict=True)
+            for other, similarity in nearest:
+                if other == MISSING:
+                    row.append(None)
+                    continue
+                content, name = samples[other]
+                row.append(Sample(content, f"{name} {similarity:.2f}", style))
+        rows.append(row)
+    same, other = min(positives, neighbours.positives.shape[1]), min(negatives, neighbours.negatives.shape[1])
+    headings = [(0, 1, "sample"), (1, same, "same class"), (1 + same, other, "other classes")]
+    return draw_rows(rows, [(column, text) for column, width, text in headings if width], path)
