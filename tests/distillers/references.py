@@ -106,3 +106,14 @@ def over_labelled_batch(function, student: torch.Tensor, *others: torch.Tensor, 
     """Sample by sample with logits and a label last; 0 where there is none."""
     rows = zip(*(tensor.tolist() for tensor in (student, *others)), strict=True)
     return np.array([0.0 if row[-1] == -100 else function(*row, **options) for row in rows])
+
+
+def aekt(student, teacher, target, alpha, beta, temperature, explicit, max_ratio, adaptive=True) -> float:
+    s, t = (probabilities(z, temperature)[target] for z in (student, teacher))
+    on_target = {
+        "tckd": divergence([t, 1 - t], [s, 1 - s]),
+        "nll": -math.log(s),
+        "confidence": -t * math.log(s),
+    }[explicit]
+    ratio = min(t / s, max_ratio) if adaptive else 1.0
+    return temperature**2 * (alpha * ratio * on_target + beta * nckd(student, teacher, target, temperature))
