@@ -34,7 +34,7 @@ def launch():
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "FSDP_", "PYTEST_"))}
         environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
         line = [sys.executable, "-m", *map(str, command)]
-        return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=600, check=False)
 
     return run
 

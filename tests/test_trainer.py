@@ -29,7 +29,6 @@ from helpers import (
     tokenizer,
     weights,
 )
-from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForSequenceClassification, HfArgumentParser, TrainerCallback
 
@@ -178,37 +177,6 @@ def test_a_student_loads_in_a_process_that_has_no_hfkd(tmp_path):
     answers = json.loads(done.stdout.splitlines()[-1])
     for family, logits in expected.items():
         torch.testing.assert_close(torch.tensor(answers[family]), logits, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
-def test_a_lora_student_saves_its_adapter_and_resumes(tmp_path):
-    class Look(KD):
-        student_layers = ("bert.encoder.layer.0",)
-
-        def forward(self, student, teacher, batch):
-            assert student.features["bert.encoder.layer.0"].shape[-1] == 16
-            return super().forward(student, teacher, batch)
-
-    def make():
-        torch.manual_seed(3)
-        student = get_peft_model(tiny("bert"), LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "value"]))
-        return make_trainer(
-            tmp_path,
-            student,
-            tiny_teacher("bert"),
-            Look(),
-            rows("bert"),
-            max_steps=4,
-            save_strategy="steps",
-            save_steps=2,
-        )
-
-    whole, resumed = make(), make()
-    whole.train()
-    assert (tmp_path / "checkpoint-2" / "adapter_model.safetensors").is_file()
-    assert not (tmp_path / "checkpoint-2" / "model.safetensors").exists()
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert_identical(weights(whole.model), weights(resumed.model))
 
 
 # The distiller's parameters

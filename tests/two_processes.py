@@ -6,6 +6,7 @@ python -m torch.distributed.run --nproc_per_node=2 tests/two_processes.py FOLDER
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
@@ -27,6 +28,10 @@ from helpers import (
 from torch.nn.parallel import DistributedDataParallel
 
 from hfkd.distillers import AKD, CRD, KD, KDAIF, TTM, Combined, InContextKD, SelfDistillation
+
+
+sys.path.append(str(Path(__file__).parent / "distillers"))
+from test_contract import METHODS, NAMES, build_double  # noqa: E402, found by the line above
 
 
 def processes() -> int:
@@ -159,6 +164,41 @@ def in_context(folder) -> dict:
     return results
 
 
+def draw_alike(module) -> None:
+    """Let a second micro-batch meet the random numbers of the first, as the batch of a second process does."""
+    first = []
+
+    def before(*_):
+        if first:
+            torch.set_rng_state(first.pop())
+        else:
+            first.append(torch.get_rng_state())
+
+    module.register_forward_pre_hook(before)
+
+
+def every_method(folder) -> dict:
+    """Two steps of each; where the samples of a batch depend on each other, a process's batch is a micro-batch."""
+    trained = {}
+    for name, (method, arguments) in zip(NAMES, METHODS, strict=True):
+        micro_batches = 2 // WORLD if method(**arguments).batch_coupled else 1
+        distiller, trainer = build_double(
+            Path(folder, name),
+            method,
+            arguments,
+            max_steps=2,
+            per_device_train_batch_size=8 // WORLD // micro_batches,
+            gradient_accumulation_steps=micro_batches,
+        )
+        if micro_batches > 1:
+            draw_alike(trainer._module)
+        assert trainer.accelerator.num_processes == WORLD
+        trainer.train()
+        learning = [trainer.teacher_model] if trainer._saves_teacher else []
+        trained[name] = weights(trainer.model, distiller, *learning)
+    return trained
+
+
 def mutual(folder) -> dict:
     student, peer = tiny("bert"), tiny("bert", seed=7)
     trainer = make_trainer(folder, student, peer, Mutual(), rows("bert"), **share())
@@ -278,6 +318,7 @@ SCENARIOS = {
     "contrastive": contrastive,
     "influence": influence,
     "in_context": in_context,
+    "every_method": every_method,
     "mutual": mutual,
     "evaluation": evaluation,
     "second_train": second_train,

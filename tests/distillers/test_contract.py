@@ -1,11 +1,23 @@
 """What every method promises, on one table: a new method adds a line."""
 
+import functools
 import inspect
 import pickle
 
 import pytest
 import torch
-from helpers import MovingAverage, Mutual, Weighted, assert_identical, make_trainer, rows, tiny, tiny_teacher, weights
+from helpers import (
+    MovingAverage,
+    Mutual,
+    Weighted,
+    assert_identical,
+    freeze_batch_norm,
+    make_trainer,
+    rows,
+    tiny,
+    tiny_teacher,
+    weights,
+)
 from transformers import TrainerCallback
 
 import hfkd.distillers
@@ -179,20 +191,46 @@ REFUSED = [
 ]
 
 
+def build(folder, method, arguments, *, student=tiny, teacher=tiny_teacher, data=rows, trainer=None, **more):
+    """A method as a trainer has set it up, and the trainer.
+
+    Images for those that compare maps, else text; a teacher for those that need one and make none; a held-out set for
+    all, which few look at, so that a row of the table needs no more than class and arguments. ``student``, ``teacher``
+    and ``data`` make what their defaults make; ``trainer`` and ``more`` are those of ``make_trainer``.
+    """
+    distiller = pickle.loads(pickle.dumps(method(**arguments)))  # the table's own stay as they are
+    family = "cifar" if isinstance(getattr(distiller, "base", distiller), ON_IMAGES) else "bert"
+    needs = distiller.needs_teacher and distiller.make_teacher(tiny(family)) is None
+    made = make_trainer(
+        folder,
+        student(family),
+        teacher(family) if needs else None,
+        distiller,
+        data(family),
+        trainer={"held_out_dataset": data(family, 8, seed=1), **(trainer or {})},
+        **more,
+    )
+    return distiller, made
+
+
+def build_double(folder, method, arguments, **more):
+    """The same in double precision and with BatchNorm frozen: batches of any size then add up exactly."""
+    distiller, trainer = build(
+        folder,
+        method,
+        arguments,
+        student=lambda family: freeze_batch_norm(tiny(family)).double(),
+        teacher=lambda family: tiny_teacher(family).double(),
+        data=lambda *args, **kwargs: rows(*args, **kwargs).double(),
+        **more,
+    )
+    return freeze_batch_norm(distiller).double(), trainer
+
+
 @pytest.fixture
 def ready(tmp_path):
-    """A method as a trainer has set it up, and the trainer."""
-
-    def make(method, arguments, **more):
-        distiller = pickle.loads(pickle.dumps(method(**arguments)))  # the table's own stay as they are
-        family = "cifar" if isinstance(getattr(distiller, "base", distiller), ON_IMAGES) else "bert"
-        needs = distiller.needs_teacher and distiller.make_teacher(tiny(family)) is None
-        trainer = make_trainer(
-            tmp_path, tiny(family), tiny_teacher(family) if needs else None, distiller, rows(family), **more
-        )
-        return distiller, trainer
-
-    return make
+    """``build`` in a folder of the test's own."""
+    return functools.partial(build, tmp_path)
 
 
 def random_arguments(distiller, trainer, seed=0, size=4):

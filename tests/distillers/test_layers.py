@@ -1,27 +1,19 @@
 """What methods that compare inner features have in common."""
 
-import copy
-from dataclasses import replace
-
 import pytest
 import torch
 from helpers import (
-    Rows,
     assert_identical,
-    freeze_batch_norm,
-    largest_difference,
     make_trainer,
     rows,
     tiny,
     tiny_teacher,
     weights,
 )
-from setups import collated, network, set_up
+from setups import network, set_up
 
 from hfkd.distillers import AT, CRD, PKT, RKD, SP, VID, AttentionMaps, Combined, FitNet, HiddenStates, ReviewKD
-from hfkd.distillers.base import weighted_mean
 from hfkd.distillers.layers import to_common_size, to_paths
-from hfkd.features import run_model
 
 
 def test_paths_come_as_a_tuple():
@@ -63,60 +55,6 @@ METHODS = {
     "tinybert": (AttentionMaps, "bert"),
     "minilm": (lambda: AttentionMaps("kl"), "bert"),
 }
-
-
-class InOrder(Rows):
-    """Notes which rows were asked for."""
-
-    def __getitem__(self, i):
-        self.asked = [*getattr(self, "asked", []), i]
-        return super().__getitem__(i)
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_under_accumulation_the_loss_is_the_mean_of_the_micro_batches(tmp_path, name, monkeypatch):
-    """One step of the trainer against the same step written out, in double precision."""
-    make, family = METHODS[name]
-    student = freeze_batch_norm(tiny(family)).double()
-    teacher, dataset = tiny_teacher(family).double(), InOrder(rows(family, 8).double().columns)
-    # What is the same from run to run in place of draws: rows of the memory in order.
-    monkeypatch.setattr(CRD, "draw_negatives", lambda self, rows: (rows[:, None] + torch.arange(1, 6)) % 8)
-    distiller = make()
-    trainer = make_trainer(
-        tmp_path,
-        student,
-        teacher,
-        distiller,
-        dataset,
-        max_steps=1,
-        learning_rate=0.01,
-        per_device_train_batch_size=4,
-        gradient_accumulation_steps=2,
-    )
-    assert all(parameter.dtype == torch.float64 for parameter in distiller.parameters())
-    own, twin = copy.deepcopy(student).train(), copy.deepcopy(distiller)
-    dataset.asked = []
-    trainer.train()
-    order = dataset.asked[-8:]
-    assert sorted(order) == list(range(8))
-
-    losses = []
-    for micro_batch in (order[:4], order[4:]):
-        batch = collated(Rows(dataset.columns), micro_batch)
-        outputs = run_model(own, batch, layers=twin.student_layers)
-        outputs = replace(outputs, task_logits=outputs.logits)
-        with torch.no_grad():
-            answers = run_model(teacher.eval(), batch, layers=twin.teacher_layers)
-        losses.append(sum(weighted_mean(term, key, None) for key, term in twin(outputs, answers, batch).items()))
-    (sum(losses) / 2).backward()
-    with torch.no_grad():
-        for parameter in (*own.parameters(), *twin.parameters()):
-            if parameter.grad is not None:
-                parameter -= 0.01 * parameter.grad
-    assert largest_difference(weights(student), weights(own)) < 1e-12
-    for key, parameter in distiller.named_parameters():
-        torch.testing.assert_close(parameter, twin.get_parameter(key), rtol=0, atol=1e-12)
-    assert trainer.state.log_history[0]["loss"] == pytest.approx(sum(losses).item() / 2, abs=1e-4)
 
 
 @pytest.mark.parametrize("name", METHODS)

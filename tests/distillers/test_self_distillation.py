@@ -11,7 +11,6 @@ from helpers import (
     tiny,
     weights,
 )
-from peft import LoraConfig, get_peft_model
 from references import STUDENT, TARGET, TEACHER, batch
 from transformers import TrainerCallback
 
@@ -63,21 +62,14 @@ def test_the_term_is_kd_times_the_ramp():
     torch.testing.assert_close(terms["self_kd"], 0.25 * 2.0 * expected)
 
 
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
-@pytest.mark.parametrize("adapted", [False, True])
-def test_it_resumes_bit_for_bit(tmp_path, adapted):
+def test_batch_norm_and_ramp_resume_bit_for_bit(tmp_path):
     def make():
-        student = tiny("bert" if adapted else "resnet", dropout=0.1)
-        if adapted:
-            torch.manual_seed(3)
-            config = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "value"])
-            student = get_peft_model(student, config)
         return make_trainer(
             tmp_path,
-            student,
+            tiny("resnet"),
             None,
             SelfDistillation(decay=0.5, warm_up=1.0),
-            rows("bert" if adapted else "resnet"),
+            rows("resnet"),
             max_steps=4,
             save_strategy="steps",
             save_steps=2,

@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import make_trainer, rows, tiny, tiny_teacher
-from peft import LoraConfig, get_peft_model
 from references import STUDENT, TARGET, batch, divergence, over_labelled_batch, probabilities, virtual_kd
 
 from hfkd.distillers import KD, ModelOutputs, TfKD
@@ -101,9 +100,3 @@ def test_what_cannot_teach_is_refused(tmp_path):
         make_trainer(tmp_path, student, None, TfKD(), rows("bert"))
     with pytest.raises(ValueError, match="TfKD uses no teacher: leave out teacher_model"):
         make_trainer(tmp_path, student, tiny_teacher("bert"), TfKD("virtual"), rows("bert"))
-
-
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
-def test_an_adapted_student_has_the_architecture_of_its_base(tmp_path):
-    student = get_peft_model(tiny("bert"), LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "value"]))
-    make_trainer(tmp_path, student, tiny_teacher("bert"), TfKD(), rows("bert")).train()
