@@ -328,6 +328,7 @@ class InContextKD(Distiller):
 
     def _fill(self, context, whose: str, run) -> None:
         bank = self.student_bank if whose == "student" else self.teacher_bank
+        context.align_buffers(self._model(context, whose))
         with evaluating(self._model(context, whose)), context.autocast():
             samples = collect(run, context.batches(context.train_dataset), self._layer(context, whose))
         bank.fill(samples, index=self.index, gather=context.gather)

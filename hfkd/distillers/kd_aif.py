@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import datasets
@@ -15,7 +15,7 @@ from hfkd.checks import dataset_labels
 from hfkd.distillers.base import IGNORE_INDEX, Distiller, ModelOutputs, Wrapper, check_not_negative
 from hfkd.distillers.crd import _index_and_labels
 from hfkd.distillers.kd import KD
-from hfkd.features import base_model, find_module, head_path, in_float32, run_model, select_inputs, try_out
+from hfkd.features import base_model, evaluating, find_module, head_path, in_float32, run_model, select_inputs, try_out
 from hfkd.influence import (
     directional_derivatives,
     ekfac_influence,
@@ -391,7 +391,6 @@ class KDAIF(Wrapper):
     def _at_rest(self, context) -> Iterator[tuple[_SampleLosses, _SampleLosses]]:
         """The losses of training and of held-out samples, with all models in evaluation mode."""
 
-        @torch.no_grad()
         def teacher(batch: Mapping[str, Tensor]) -> ModelOutputs | None:
             if context.teacher is not None:
                 return in_float32(context.teacher(batch))
@@ -403,17 +402,13 @@ class KDAIF(Wrapper):
         student = context.student
         context.align_buffers(student)
         models = [model for model in (student, context.teacher_model, self.base) if model is not None]
-        training = {module: module.training for model in models for module in model.modules()}
-        try:
+        with ExitStack() as stack:
             for model in models:
-                model.eval()
+                stack.enter_context(evaluating(model))
             yield (
                 _SampleLosses(student, self.base, self.base, teacher),
                 _SampleLosses(student, None, self.base, teacher),
             )
-        finally:
-            for module, mode in training.items():
-                module.training = mode
 
     def _of_last_layer(self, context, train_losses, held_out_losses, train, held_out) -> Tensor:
         student, reduce = context.student, _summing(context)
@@ -433,8 +428,7 @@ class KDAIF(Wrapper):
         """Batch by batch the gradients of the losses by the logits, the inputs of the last layer, and the logits."""
         layer = f"{head_path(losses.student)}:input"
         for batch in batches:
-            with torch.no_grad():
-                outputs = losses.outputs(losses.student, batch, layer)
+            outputs = losses.outputs(losses.student, batch, layer)
             with torch.enable_grad():
                 logits = outputs.logits.requires_grad_()
                 (residuals,) = torch.autograd.grad(losses.of_outputs(outputs, batch).sum(), logits)
@@ -478,5 +472,5 @@ class KDAIF(Wrapper):
     def _held_out_risk(self, context) -> Tensor:
         size = min(context.train_batch_size, len(context.held_out_dataset))
         rows = [(int(self.turn) * size + i) % len(context.held_out_dataset) for i in range(size)]
-        with torch.no_grad(), self._at_rest(context) as (_, losses):
+        with self._at_rest(context) as (_, losses):
             return losses(context.take(context.held_out_dataset, rows)).mean()

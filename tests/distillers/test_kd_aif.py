@@ -12,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hfkd.data import ImageDataset, load_image_data, processor_for
-from hfkd.distillers import CRD, DKD, DML, KD, KDAIF, SP, WTTM, Combined, ModelOutputs, StudentAlone
+from hfkd.distillers import CRD, DKD, DML, KD, KDAIF, WTTM, Combined, ModelOutputs, StudentAlone
 from hfkd.features import run_model
 from hfkd.functional import influence_weights, kd_loss
 from hfkd.models import load_model
@@ -381,14 +381,6 @@ def test_flipped_labels_weigh_less_than_clean_ones(tmp_path):
 
 
 REFUSED = [
-    ({"layers": "middle"}, "layers must be one of last, all, got 'middle'"),
-    ({"hessian": "lissa"}, "hessian must be one of exact, identity with layers='last', got 'lissa'"),
-    ({"hessian": "exact", "layers": "all"}, "hessian must be one of identity, lissa, ekfac with layers='all'"),
-    ({"damping": 0.0}, "None chooses it"),
-    ({"iterations": 0}, "200 is the default"),
-    ({"refresh_epochs": 0}, "1 refreshes at every epoch"),
-    ({"warm_up": 1.0}, "0 is no warm-up"),
-    ({"base": SP()}, "KDAIF weighs samples, and SP mixes the samples of a batch"),
     ({"base": Combined({"kd": KD(), "crd": CRD()}, task_from="kd")}, "Combined mixes the samples of a batch"),
     ({"base": DML(), "teacher_update": "weighted"}, "DML trains or makes its own"),
     ({"base": StudentAlone(), "teacher_update": "meta"}, "StudentAlone trains or makes its own, or has none"),
