@@ -1,0 +1,101 @@
+"""docs/methods.md says of every method what the code says, and its snippets run."""
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import logged, make_trainer, rows, tiny, tiny_teacher
+
+import hfkd.distillers
+from hfkd.distillers import KD, TTM, WTTM, Combined, Distiller, Wrapper
+
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXT = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+SECTIONS = dict(re.findall(r"^### (\S+)\n(.*?)(?=^##|\Z)", TEXT, re.M | re.S))
+PUBLIC = [getattr(hfkd.distillers, name) for name in hfkd.distillers.__all__]
+METHODS = [cls for cls in PUBLIC if inspect.isclass(cls) and issubclass(cls, Distiller) and cls is not Distiller]
+every_method = pytest.mark.parametrize("method", METHODS, ids=lambda cls: cls.__name__)
+
+
+def line(method, name):
+    """What a section's list says under a name."""
+    found = re.findall(rf"^- \*\*{name}:?\*\*:? ?(.*?)(?=^- \*\*|^\n|\Z)", SECTIONS[method.__name__], re.M | re.S)
+    assert len(found) == 1, name
+    return re.sub(r"\s+", " ", found[0])
+
+
+def test_every_section_is_about_a_method_and_has_the_same_parts():
+    unfinished = {name for name, text in SECTIONS.items() if "TODO-CHECK" in text}
+    assert {method.__name__ for method in METHODS} <= set(SECTIONS) <= {m.__name__ for m in METHODS} | unfinished
+    for name, text in SECTIONS.items():
+        parts = re.findall(r"^- \*\*([\w -]+?):?\*\*", text, re.M)
+        expected = ["Needs", "Batch-coupled", "Own parameters", "Cost", "Use it", "Tested", "Source"]
+        assert parts == expected, name
+        assert "**Not**" in text, name
+
+
+@every_method
+def test_every_option_is_named_with_its_default(method):
+    table = re.findall(r"^\| `(\w+)` \| (?:`(.+?)`|required) \|", SECTIONS[method.__name__], re.M)
+    documented = [(name, eval(default) if default else inspect.Parameter.empty) for name, default in table]
+    options = inspect.signature(method).parameters.values()
+    named = [p for p in options if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]  # nn.Module's own, where none is
+    assert documented == [(p.name, p.default) for p in named]
+
+
+@every_method
+def test_what_it_needs_and_couples_is_what_its_class_says(method):
+    needs, coupled = line(method, "Needs"), line(method, "Batch-coupled").split()[0].strip(".,:;")
+    # A wrapper is coupled where its base is, and a combination where a part is.
+    assert coupled == ("as" if issubclass(method, (Wrapper, Combined)) else "yes" if method.batch_coupled else "no")
+    assert "class indices" in needs or not method.needs_hard_labels
+    assert ("column `index`" in needs) == ("index" in method.batch_columns)
+    assert ("Also regression" in needs) == ("regression" in method.problem_types)
+    rate = method.default_learning_rate
+    assert rate is None or str(rate) in line(method, "Own parameters")
+
+
+def test_the_defaults_are_a_row_of_the_papers_pairs():
+    ttm, wttm = TTM(), WTTM()
+    assert f"| ResNet-56 → ResNet-20 | {ttm.gamma:g}, {ttm.beta:g} | {wttm.gamma:g}, {wttm.beta:g} |" in TEXT
+
+
+def test_the_tests_that_it_names_exist():
+    named = set(re.findall(r"`(test_\w+\.py)(?:::(test_\w+))?`", TEXT))
+    assert len(named) > 30
+    files = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")}
+    missing = [(file, test) for file, test in named if test and f"\ndef {test}(" not in files.get(file, "")]
+    assert not missing
+    assert {file for file, _ in named} <= set(files)
+
+
+def test_links_lead_somewhere_and_the_contents_are_whole():
+    headings = re.findall(r"^#{2,3} (.+)$", TEXT, re.M)
+    anchors = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+    assert len(anchors) == len(set(anchors))
+    assert set(re.findall(r"\]\(#(.+?)\)", TEXT)) == set(anchors)
+    assert re.findall(r"^ *- \[.+?\]\(#(.+?)\)$", TEXT, re.M) == anchors
+    assert "(docs/methods.md)" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_snippets_run(tmp_path):
+    found = re.findall(r"```python\n(.+?)```", TEXT, re.S)
+    assert len(found) == 3
+    names = {}
+    for snippet in found:
+        exec(compile(snippet, "methods.md", "exec"), names)
+    assert names["wttm_with_crd"].parts["crd"].weight == 0.8
+    assert names["wttm_with_crd"].weights == {"wttm": 1.0, "crd": 1.0}
+
+    teachers = [tiny_teacher("cifar", seed=seed).eval() for seed in (1, 2)]
+    pixels = rows("cifar").columns["pixel_values"]
+    trainer = make_trainer(tmp_path, tiny("cifar"), names["MeanTeacher"](*teachers), KD(), rows("cifar"))
+    answer = trainer.teacher({"pixel_values": pixels}).logits.softmax(-1)
+    with torch.no_grad():
+        expected = sum(teacher(pixels).logits.softmax(-1) for teacher in teachers) / 2
+    torch.testing.assert_close(answer, expected)
+    trainer.train()
+    assert logged(trainer, "kd")[0] > 0
