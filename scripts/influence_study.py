@@ -156,12 +156,9 @@ def teach(args, distiller, name: str, *, seed: int = 0, label_noise: float = 0.0
 
 def noise(args) -> None:
     bases = {"labels alone": StudentAlone, "KD 50 %": lambda: KD(0.5), "KD 90 %": lambda: KD(0.9)}
-    ways = {"last, first order": {"hessian": "identity"}, "all, first order": {"layers": "all", "hessian": "identity"}}
-    others = {
-        f"{base}, {way}": KDAIF(make(), **options)
-        for base, make in bases.items()
-        for way, options in {"last": {}, **ways}.items()
-    }
+    others = {f"{base}, last layer": KDAIF(make()) for base, make in bases.items()}
+    others |= {f"{base}, last layer, first order": KDAIF(make(), hessian="identity") for base, make in bases.items()}
+    others["KD 50 %, all layers, first order"] = KDAIF(KD(0.5), layers="all", hessian="identity")
     distiller = Rankings(KD(alpha=0.5), warm_up=args.warm_up, refresh_epochs=args.refresh_epochs, others=others)
     result = teach(args, distiller, "noise", label_noise=args.label_noise)
     shared = {"data_dir": args.data_dir, "validation_fraction": 0, "held_out_fraction": 0.1}
@@ -254,7 +251,7 @@ if __name__ == "__main__":
     parser.add_argument("--label_noise", type=float, default=0.2)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--warm_up", type=float, default=0.3)
-    parser.add_argument("--refresh_epochs", type=int, default=2)
+    parser.add_argument("--refresh_epochs", type=int, default=3)
     parser.add_argument("--max_train_samples", type=int, default=None)
     parser.add_argument("--bf16", action="store_true", help="Train in bfloat16; influence is measured in float32.")
     arguments = parser.parse_args()
