@@ -5,11 +5,9 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
-from helpers import logged, make_trainer, rows, tiny, tiny_teacher
 
 import hfkd.distillers
-from hfkd.distillers import KD, TTM, WTTM, Combined, Distiller, Wrapper
+from hfkd.distillers import TTM, WTTM, Combined, Distiller, Wrapper
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,8 +26,7 @@ def line(method, name):
 
 
 def test_every_section_is_about_a_method_and_has_the_same_parts():
-    unfinished = {name for name, text in SECTIONS.items() if "TODO-CHECK" in text}
-    assert {method.__name__ for method in METHODS} <= set(SECTIONS) <= {m.__name__ for m in METHODS} | unfinished
+    assert {method.__name__ for method in METHODS} == set(SECTIONS)
     for name, text in SECTIONS.items():
         parts = re.findall(r"^- \*\*([\w -]+?):?\*\*", text, re.M)
         expected = ["Needs", "Batch-coupled", "Own parameters", "Cost", "Use it", "Tested", "Source"]
@@ -81,21 +78,11 @@ def test_links_lead_somewhere_and_the_contents_are_whole():
     assert "(docs/methods.md)" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_snippets_run(tmp_path):
+def test_snippets_run():
     found = re.findall(r"```python\n(.+?)```", TEXT, re.S)
-    assert len(found) == 3
+    assert len(found) == 2
     names = {}
     for snippet in found:
         exec(compile(snippet, "methods.md", "exec"), names)
     assert names["wttm_with_crd"].parts["crd"].weight == 0.8
     assert names["wttm_with_crd"].weights == {"wttm": 1.0, "crd": 1.0}
-
-    teachers = [tiny_teacher("cifar", seed=seed).eval() for seed in (1, 2)]
-    pixels = rows("cifar").columns["pixel_values"]
-    trainer = make_trainer(tmp_path, tiny("cifar"), names["MeanTeacher"](*teachers), KD(), rows("cifar"))
-    answer = trainer.teacher({"pixel_values": pixels}).logits.softmax(-1)
-    with torch.no_grad():
-        expected = sum(teacher(pixels).logits.softmax(-1) for teacher in teachers) / 2
-    torch.testing.assert_close(answer, expected)
-    trainer.train()
-    assert logged(trainer, "kd")[0] > 0
