@@ -11,6 +11,7 @@ from typing import Any
 import datasets
 import numpy as np
 import PIL.Image
+import pyarrow.parquet as pq
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -160,3 +161,43 @@ def neighbour_gallery(
     same, other = min(positives, neighbours.positives.shape[1]), min(negatives, neighbours.negatives.shape[1])
     headings = [(0, 1, "sample"), (1, same, "same class"), (1 + same, other, "other classes")]
     return draw_rows(rows, [(column, text) for column, width, text in headings if width], path)
+
+
+def influence_gallery(split: datasets.Dataset, table: str | Path, path: str | Path, *, count: int = 16) -> Path:
+    """Show the training samples that help the held-out risk most, and those that harm it most, by their influence.
+
+    Above each is the label that it was trained on and its weight. Helpful samples have a solid blue frame, harmful
+    ones a dashed orange one.
+
+    Args:
+        split: The training split; see :class:`Samples`.
+        table: What :class:`~hfkd.distillers.KDAIF` wrote at a refresh: ``influence/epoch-NNN.parquet`` in the output
+            folder.
+        path: Where to save the picture, as PNG.
+        count: How many of each.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: If count is not positive or there are fewer samples than 2 count.
+    """
+    samples = Samples(split)
+    measured = pq.read_table(table).to_pydict()
+    by_influence = np.argsort(measured["influence"], kind="stable")
+    if not 0 < 2 * count <= len(by_influence):
+        raise ValueError(f"count must lie between 1 and half of the {len(by_influence)} samples, got {count}")
+
+    def sample(place: int, style: tuple[str, Any]) -> Sample:
+        content, _ = samples[measured["index"][place]]
+        label = class_name(measured["label"][place], samples.label_names)
+        return Sample(content, f"{label}  × {measured['weight'][place]:.2f}", style)
+
+    helpful = [sample(place, SAME) for place in by_influence[:count]]
+    harmful = [sample(place, OTHER) for place in by_influence[::-1][:count]]
+    width = min(4 if samples.columns == ["image"] else 2, count)
+    starts = range(0, count, width)
+    empty = [None] * (-count % width)
+    helpful, harmful = helpful + empty, harmful + empty
+    rows = [[*helpful[i : i + width], *harmful[i : i + width]] for i in starts]
+    return draw_rows(rows, [(0, "most helpful"), (width, "most harmful")], path)

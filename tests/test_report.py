@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from PIL import Image as PILImage
 
 from hfkd.memory import MISSING, Neighbours
-from hfkd.report import OTHER, QUERY, SAME, Samples, neighbour_gallery
+from hfkd.report import OTHER, QUERY, SAME, Samples, influence_gallery, neighbour_gallery
 
 
 NAMES = ["cat", "dog"]
@@ -101,3 +101,40 @@ def test_a_sample_without_a_label_has_a_dash():
 def test_a_split_with_nothing_to_show_is_refused():
     with pytest.raises(ValueError, match="nothing to show among label, index: .*before tokenize and ImageDataset"):
         Samples(images().remove_columns("image"))
+
+
+@pytest.fixture
+def table(tmp_path):
+    """As KDAIF writes it, in order of the index; 21 was trained on as a cat."""
+    columns = {
+        "index": [3, 7, 21, 50],
+        "label": [-100, 0, 0, 0],
+        "influence": [0.1, -2.0, 3.0, -1.0],
+        "weight": [1.0, 1.9, 0.1, 1.5],
+    }
+    path = tmp_path / "epoch-002.parquet"
+    Dataset.from_dict(columns).to_parquet(path)
+    return path
+
+
+def test_the_most_helpful_are_left_and_the_most_harmful_right(tmp_path, drawn, table):
+    influence_gallery(images(), table, tmp_path / "gallery.png", count=2)
+    (figure,) = drawn
+    assert [axes.get_title() for axes in figure.axes] == ["cat  × 1.90", "cat  × 1.50", "cat  × 0.10", "–  × 1.00"]
+    assert [int(axes.images[0].get_array()[0, 0, 0]) for axes in figure.axes] == [60, 0, 120, 180]
+    assert [axes.spines["top"].get_linestyle() in ("-", "solid") for axes in figure.axes] == [True, True, False, False]
+    headings = [text.get_text() for axes in figure.axes for text in axes.texts]
+    assert headings == ["most helpful", "most harmful"]
+
+
+def test_texts_have_a_gallery_of_influence_too(tmp_path, drawn, table):
+    influence_gallery(texts(), table, tmp_path / "gallery.png", count=1)
+    (figure,) = drawn
+    written = [[text.get_text() for text in axes.texts if text.get_fontsize() == 6] for axes in figure.axes]
+    assert written[1] == ["– c\n– h"]
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_more_than_there_are_is_refused(tmp_path, table, count):
+    with pytest.raises(ValueError, match=f"half of the 4 samples, got {count}"):
+        influence_gallery(images(), table, tmp_path / "gallery.png", count=count)
