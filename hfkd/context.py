@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
+import datasets
+import numpy as np
 import torch
 from accelerate.utils import broadcast
 from torch import Tensor, nn
@@ -143,6 +145,23 @@ class DistillationContext:
         if not isinstance(plain, IterableDataset):
             plain = Subset(plain, range(min(size, len(plain))))
         return self._trainer._prepare_inputs(next(iter(self._loader(plain, size))))
+
+    def sample_index(self) -> Tensor:
+        """The column ``index`` of the training set, in its order; 0, 1, … where the set shows none.
+
+        Raises:
+            ValueError: If it shows none and has others.
+        """
+        dataset = self.train_dataset
+        if isinstance(dataset, datasets.Dataset):
+            return torch.from_numpy(np.array(dataset.with_format("numpy")["index"][:]))
+        index = torch.as_tensor(getattr(dataset, "index", range(len(dataset))))
+        if not torch.isin(self.sample()["index"].cpu(), index).all():
+            raise ValueError(
+                "the column index of the training set is not 0, 1, …, and the set does not show it: give it an "
+                "`index` attribute, an array with one number a row"
+            )
+        return index
 
     def align_buffers(self, model: nn.Module) -> None:
         """Give a model's buffers the values of the first process, as DDP will do at the next forward.

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import datasets
 import numpy as np
 import pytest
 import safetensors.torch
@@ -644,6 +645,14 @@ def test_the_context_gives_models_data_and_batches(tmp_path):
     assert torch.equal(batches[0]["index"], torch.arange(5))
     seen = context.gather(torch.cat([batch["index"] for batch in context.batches(dataset)]))
     assert seen.tolist() == list(range(11))  # in order, of the un-augmented view
+
+
+def test_the_context_knows_the_numbers_of_the_samples(tmp_path):
+    columns = {name: column.tolist() for name, column in rows("bert", 3).columns.items()}
+    dataset = datasets.Dataset.from_dict({**columns, "index": [4, 2, 9]})
+    for train_dataset, numbers in ((dataset, [4, 2, 9]), (rows("bert", 3), [0, 1, 2])):
+        trainer = make_trainer(tmp_path, tiny("bert"), None, Diary(), train_dataset)
+        assert trainer.context.sample_index().tolist() == numbers
 
 
 def test_the_context_gives_the_teacher_to_ask(tmp_path):

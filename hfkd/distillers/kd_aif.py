@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from hfkd.checks import dataset_labels
 from hfkd.distillers.base import IGNORE_INDEX, Distiller, ModelOutputs, Wrapper, check_not_negative
-from hfkd.distillers.crd import _index_and_labels
 from hfkd.distillers.kd import KD
 from hfkd.features import base_model, evaluating, find_module, head_path, in_float32, run_model, select_inputs, try_out
 from hfkd.influence import (
@@ -264,8 +263,7 @@ class KDAIF(Wrapper):
         held_out = dataset_labels(context.held_out_dataset)
         if held_out is not None and (held_out == IGNORE_INDEX).any():
             raise ValueError("the held-out set has samples without a label, which show no risk: remove them")
-        index, _ = _index_and_labels(context.train_dataset)
-        index = torch.from_numpy(index).sort().values
+        index = context.sample_index().sort().values
         self.register_buffer("sample_index", index, persistent=False)
         self.register_buffer("influence", torch.zeros(len(index)))
         self.register_buffer("weights", torch.ones(len(index)))
