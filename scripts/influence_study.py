@@ -60,7 +60,7 @@ class Rankings(KDAIF):
 
     def refresh(self, context):
         super().refresh(context)
-        rankings = {"weight": self.influence.numpy().copy()}
+        rankings = {"KD 50 %, last layer (the weights in use)": self.influence.numpy().copy()}
         seconds = {}
         for name, other in self.others.items():
             start = time.perf_counter()
@@ -155,10 +155,13 @@ def teach(args, distiller, name: str, *, seed: int = 0, label_noise: float = 0.0
 
 
 def noise(args) -> None:
-    bases = {"labels alone": StudentAlone, "KD 50 %": lambda: KD(0.5), "KD 90 %": lambda: KD(0.9)}
-    others = {f"{base}, last layer": KDAIF(make()) for base, make in bases.items()}
-    others |= {f"{base}, last layer, first order": KDAIF(make(), hessian="identity") for base, make in bases.items()}
-    others["KD 50 %, all layers, first order"] = KDAIF(KD(0.5), layers="all", hessian="identity")
+    others = {
+        "labels alone, last layer": KDAIF(StudentAlone()),
+        "labels alone, last layer, first order": KDAIF(StudentAlone(), hessian="identity"),
+        "KD 90 %, last layer": KDAIF(KD(0.9)),
+        "KD 50 %, last layer, first order": KDAIF(KD(0.5), hessian="identity"),
+        "KD 50 %, all layers, first order": KDAIF(KD(0.5), layers="all", hessian="identity"),
+    }
     distiller = Rankings(KD(alpha=0.5), warm_up=args.warm_up, refresh_epochs=args.refresh_epochs, others=others)
     result = teach(args, distiller, "noise", label_noise=args.label_noise)
     shared = {"data_dir": args.data_dir, "validation_fraction": 0, "held_out_fraction": 0.1}

@@ -390,10 +390,10 @@ class KDAIF(Wrapper):
         """The losses of training and of held-out samples, with all models in evaluation mode."""
 
         def teacher(batch: Mapping[str, Tensor]) -> ModelOutputs | None:
+            if not self.base.needs_teacher:
+                return None
             if context.teacher is not None:
                 return in_float32(context.teacher(batch))
-            if context.teacher_model is None:
-                return None
             layers = self.base.teacher_layers
             return in_float32(run_model(context.teacher_model, batch, layers=layers, prefix="teacher_"))
 
