@@ -399,10 +399,11 @@ class KDAIF(Wrapper):
 
         student = context.student
         context.align_buffers(student)
-        models = [model for model in (student, context.teacher_model, self.base) if model is not None]
+        trained_teacher = None if context.teacher is not None else context.teacher_model
         with ExitStack() as stack:
-            for model in models:
-                stack.enter_context(evaluating(model))
+            for model in (student, self.base, trained_teacher):
+                if model is not None:
+                    stack.enter_context(evaluating(model))
             yield (
                 _SampleLosses(student, self.base, self.base, teacher),
                 _SampleLosses(student, None, self.base, teacher),

@@ -409,6 +409,22 @@ def test_a_held_out_set_with_labels_is_needed(tmp_path):
         )
 
 
+def test_several_teachers_teach_under_it(tmp_path):
+    weighted = []
+    for teachers in ([tiny_teacher("bert"), tiny_teacher("bert")], tiny_teacher("bert")):
+        trainer = make_trainer(
+            tmp_path,
+            tiny("bert"),
+            teachers,
+            KDAIF(warm_up=0.0),
+            rows("bert"),
+            trainer={"held_out_dataset": rows("bert", 7, seed=9)},
+        )
+        trainer.train()
+        weighted.append(trainer.distiller.weights)
+    torch.testing.assert_close(*weighted)
+
+
 def test_a_student_without_a_linear_end_is_refused(tmp_path):
     class Squashed(Linear):
         def forward(self, pixel_values, labels=None):
