@@ -122,6 +122,7 @@ def teach(args, distiller, name: str, *, seed: int = 0, label_noise: float = 0.0
         held_out_fraction=0.1,
         label_noise=label_noise,
         max_train_samples=args.max_train_samples,
+        max_eval_samples=args.max_train_samples,
     )
     set_seed(seed)
     teacher = load_model(args.teacher, refuse_new_head=True)
@@ -171,7 +172,7 @@ def noise(args) -> None:
     order = np.argsort(splits[0]["index"][:])
     flipped = (np.array(splits[0]["label"][:]) != np.array(splits[1]["label"][:]))[order]
     report = {
-        "arguments": vars(args),
+        "arguments": {name: str(value) for name, value in vars(args).items()},
         "flipped": int(flipped.sum()),
         "samples": len(flipped),
         "test_accuracy": result["test_accuracy"],
@@ -198,10 +199,10 @@ def safe(args) -> None:
             rng = np.random.default_rng(1)
             rows = rng.choice(len(train), len(train) // 10, replace=False)
             touched[kind] = rows
-            pixels = train.pixels[rows].numpy().astype(np.float64)
+            pixels = train.pixels[rows].astype(np.float64)
             new = rng.uniform(0, 256, pixels.shape) if kind == "outliers" else rng.normal(pixels, 25)
-            train.pixels = train.pixels.clone()
-            train.pixels[rows] = torch.from_numpy(new.clip(0, 255).astype(np.uint8))
+            train.pixels = train.pixels.copy()
+            train.pixels[rows] = new.clip(0, 255).astype(np.uint8)
 
         return change
 
@@ -226,7 +227,7 @@ def safe(args) -> None:
         max_train_samples=args.max_train_samples,
     )
     place = np.argsort(np.argsort(data.train["index"][:]))  # of a training row among the weights
-    report = {"arguments": vars(args), "stability": {}, "runs": {}}
+    report = {"arguments": {name: str(value) for name, value in vars(args).items()}, "stability": {}, "runs": {}}
     for name in ("another seed", "perturbed", "outliers"):
         kept = np.ones(len(reference), dtype=bool)
         if name in touched:
@@ -255,7 +256,7 @@ if __name__ == "__main__":
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--warm_up", type=float, default=0.3)
     parser.add_argument("--refresh_epochs", type=int, default=3)
-    parser.add_argument("--max_train_samples", type=int, default=None)
+    parser.add_argument("--max_train_samples", type=int, default=None, help="and as many test samples")
     parser.add_argument("--bf16", action="store_true", help="Train in bfloat16; influence is measured in float32.")
     arguments = parser.parse_args()
     Path(arguments.output_dir).mkdir(parents=True, exist_ok=True)
