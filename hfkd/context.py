@@ -117,6 +117,9 @@ class DistillationContext:
     def batches(self, dataset: Dataset) -> Iterator[dict[str, Tensor]]:
         """This process's share of a dataset, un-augmented, collated as in training and on the device.
 
+        Un-augmented is what a dataset's ``without_augmentation()`` returns; of one without it, such as a
+        ``datasets.Dataset`` with a random transform, the rows come as in training.
+
         Process r of W sees rows r, r + W, …: each row comes once. Shares may differ by a row, so that nothing inside
         the loop may wait for other processes: ``gather`` behind it.
         """
@@ -154,6 +157,8 @@ class DistillationContext:
                 broadcast(buffer)
 
     def _plain(self, dataset: Dataset) -> Dataset:
+        if isinstance(dataset, Subset):
+            return Subset(self._plain(dataset.dataset), dataset.indices)
         return getattr(dataset, "without_augmentation", lambda: dataset)()
 
     def _loader(self, dataset: Dataset, batch_size: int) -> DataLoader:
