@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from hfkd.checks import dataset_labels
+from hfkd.checks import dataset_index, dataset_labels
 from hfkd.distillers.base import IGNORE_INDEX, check_temperature
 from hfkd.distillers.layers import LayerDistiller, check_coupled
 from hfkd.features import head_path
@@ -48,16 +47,14 @@ def crd_loss(positive: Tensor, negatives: Tensor, *, num_samples: int, reduction
 
 
 def _index_and_labels(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
-    """The column ``index`` of a data set, 0, 1, … where it shows none, and its labels."""
+    """The column ``index`` of a data set, and its labels."""
     labels = dataset_labels(dataset)
     if labels is None:
         raise ValueError(
             "CRD draws negatives from other classes and cannot read the labels of the training set: give it a "
             "`labels` attribute, an array with one class index a row"
         )
-    if isinstance(dataset, datasets.Dataset):
-        return np.asarray(dataset.with_format("numpy")["index"][:]), labels
-    return np.asarray(getattr(dataset, "index", np.arange(len(labels)))), labels
+    return dataset_index(dataset), labels
 
 
 class CRD(LayerDistiller):
