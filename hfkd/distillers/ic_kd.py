@@ -251,6 +251,11 @@ class InContextKD(Distiller):
         return None
 
     def setup(self, context):
+        if self.mode == "offline" and context.teacher is None:
+            raise ValueError(
+                'InContextKD(mode="offline") fills its bank once, and another method trains the teacher here: leave '
+                "it frozen, or combine other methods"
+            )
         self.student_bank = self._make_bank(context, "student") if self.mode != "offline" else None
         self.teacher_bank = self._make_bank(context, "teacher") if self.mode != "teacher_free" else None
         if self.mode == "offline":
