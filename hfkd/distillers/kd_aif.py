@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -171,10 +172,12 @@ class KDAIF(Wrapper):
         w_i \propto \frac{1}{1 + e^{k \varphi_i / (\max \varphi - \min \varphi)}}
 
     :math:`\ell_i` is the loss of the base method (KD: :math:`(1 - \lambda) \mathrm{CE} + \lambda T^2 \mathrm{KL}`),
-    :math:`g_i` its gradient at the student for the un-augmented sample, :math:`g_\text{val}` that of the mean
-    cross-entropy on ``held_out_dataset``. φ < 0 helps, φ > 0 harms. A sample without a label has the influence of its
-    distillation terms. Weights are found at the start of an epoch for the whole training set and kept until the next
-    refresh; before the first they are 1. They are buffers, and resume with the run.
+    :math:`g_i` its gradient at the student for the sample as
+    :meth:`DistillationContext.batches <hfkd.context.DistillationContext.batches>` gives it, un-augmented,
+    :math:`g_\text{val}` that of the mean cross-entropy on ``held_out_dataset``. φ < 0 helps, φ > 0 harms. A sample
+    without a label has the influence of its distillation terms. Weights are found at the start of an epoch for the
+    whole training set and kept until the next refresh; before the first they are 1. They are buffers, and resume with
+    the run; another ``train()`` starts with weights of 1 again.
 
     Each refresh writes ``influence/epoch-NNN.parquet`` into the output folder, with the columns ``index``, ``label``
     (as it was trained on), ``influence``, ``weight`` and ``epoch``. Costs, per refresh, a pass of student and teacher
@@ -185,9 +188,9 @@ class KDAIF(Wrapper):
         base: The method to weigh; ``KD()`` by default. Its terms must be per sample.
         layers: Which parameters count: ``"last"``, the final linear layer in closed form, or ``"all"``, by one
             forward-mode pass.
-        hessian: H. Of the last layer ``"exact"``, that of its cross-entropy
-            (:func:`~hfkd.influence.last_layer_inverse_product`), or ``"identity"`` (first order); of all layers
-            ``"identity"``, ``"lissa"`` or ``"ekfac"`` (linear and convolution layers; needs
+        hessian: H. Of the last layer ``"exact"``, that of the cross-entropy of its outputs, also where the task has
+            others (AEKT; :func:`~hfkd.influence.last_layer_inverse_product`), or ``"identity"`` (first order); of all
+            layers ``"identity"``, ``"lissa"`` or ``"ekfac"`` (linear and convolution layers; needs
             ``pip install "hfkd[influence]"``). To first order, the mean of the features outweighs what tells samples
             apart.
         damping: δ, positive; None is a tenth of the mean eigenvalue for ``"exact"`` and ``"ekfac"`` (there layer by
@@ -207,7 +210,7 @@ class KDAIF(Wrapper):
         ValueError: If an argument is out of range or the base couples the samples of a batch; at setup without
             ``held_out_dataset`` or with unlabelled samples in it, without a training set or if its column ``index``
             repeats itself, if ``layers="last"`` and the student ends in no linear layer, or with
-            ``teacher_update="meta"`` on several processes.
+            ``teacher_update="meta"`` or ``hessian="ekfac"`` on several processes.
 
     Source: arXiv 2501.02705, equations partly our reading: the released example's sign of φ differs between its
     notebooks and its queries are test images. Koh and Liang 2017, arXiv 1703.04730, for φ; Pham et al. 2021, arXiv
@@ -245,6 +248,8 @@ class KDAIF(Wrapper):
             if value not in choices:
                 where = f" with layers={layers!r}" if name == "hessian" else ""
                 raise ValueError(f"{name} must be one of {', '.join(choices)}{where}, got {value!r}")
+        if hessian == "ekfac" and importlib.util.find_spec("kronfluence") is None:
+            raise ValueError('hessian="ekfac" works by Kronfluence: pip install "hfkd[influence]", or use "lissa"')
         if damping is not None and not 0 < damping < float("inf"):
             raise ValueError(f"damping must be positive, got {damping}: None chooses it")
         if iterations < 1:
@@ -289,6 +294,8 @@ class KDAIF(Wrapper):
         self.register_buffer("refreshed", torch.tensor(-1))  # the epoch of the latest refresh
         if self.layers == "last":
             self._check_last_layer(context)
+        if self.hessian == "ekfac" and context.processes > 1:
+            raise ValueError('hessian="ekfac" works in one process: train on one, or use "lissa"')
         if self.teacher_update == "meta":
             if context.processes > 1:
                 raise ValueError(

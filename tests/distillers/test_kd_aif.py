@@ -554,6 +554,16 @@ def test_a_held_out_set_with_labels_is_needed(tmp_path):
             )
 
 
+def test_ekfac_is_refused_before_the_run_where_it_cannot_work(tmp_path, monkeypatch):
+    distiller = KDAIF(layers="all", hessian="ekfac")
+    monkeypatch.setattr(DistillationContext, "processes", 2)
+    with pytest.raises(ValueError, match="works in one process: train on one"):
+        aif_trainer(tmp_path, distiller, "bert")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r'pip install "hfkd\[influence\]"'):
+        KDAIF(layers="all", hessian="ekfac")
+
+
 def test_a_student_without_a_linear_end_is_refused(tmp_path):
     class Squashed(Linear):
         def forward(self, pixel_values, labels=None):
