@@ -7,13 +7,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
-import datasets
-import numpy as np
 import torch
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
+from hfkd.checks import dataset_index
 from hfkd.teacher import TeacherEnsemble
 
 
@@ -119,6 +118,9 @@ class DistillationContext:
     def batches(self, dataset: Dataset) -> Iterator[dict[str, Tensor]]:
         """This process's share of a dataset, un-augmented, collated as in training and on the device.
 
+        Un-augmented is what a dataset's ``without_augmentation()`` returns; of one without it, such as a
+        ``datasets.Dataset`` with a random transform, the rows come as in training.
+
         Process r of W sees rows r, r + W, …: each row comes once. Shares may differ by a row, so that nothing inside
         the loop may wait for other processes: ``gather`` behind it.
         """
@@ -152,10 +154,7 @@ class DistillationContext:
         Raises:
             ValueError: If it shows none and has others.
         """
-        dataset = self.train_dataset
-        if isinstance(dataset, datasets.Dataset):
-            return torch.from_numpy(np.array(dataset.with_format("numpy")["index"][:]))
-        index = torch.as_tensor(getattr(dataset, "index", range(len(dataset))))
+        index = torch.from_numpy(dataset_index(self.train_dataset))
         if not torch.isin(self.sample()["index"].cpu(), index).all():
             raise ValueError(
                 "the column index of the training set is not 0, 1, …, and the set does not show it: give it an "
@@ -173,6 +172,8 @@ class DistillationContext:
                 broadcast(buffer)
 
     def _plain(self, dataset: Dataset) -> Dataset:
+        if isinstance(dataset, Subset):
+            return Subset(self._plain(dataset.dataset), dataset.indices)
         return getattr(dataset, "without_augmentation", lambda: dataset)()
 
     def _loader(self, dataset: Dataset, batch_size: int) -> DataLoader:

@@ -60,13 +60,13 @@ class Rankings(KDAIF):
 
     def refresh(self, context):
         super().refresh(context)
-        rankings = {"KD 50 %, last layer (the weights in use)": self.influence.numpy().copy()}
+        rankings = {"KD 50 %, last layer (the weights in use)": self.influence.cpu().numpy().copy()}
         seconds = {}
         for name, other in self.others.items():
             start = time.perf_counter()
             index, _, influence = other._measure(context)
             seconds[name] = time.perf_counter() - start
-            rankings[name] = influence[index.argsort()].numpy()
+            rankings[name] = influence[index.argsort()].cpu().numpy()
         losses = {"student loss": [], "teacher loss": []}
         index = []
         student = context.student.eval()
@@ -82,7 +82,7 @@ class Rankings(KDAIF):
         seconds["one evaluation pass of both"] = time.perf_counter() - start
         student.train()
         order = torch.cat(index).argsort()
-        rankings.update({name: torch.cat(parts)[order].numpy() for name, parts in losses.items()})
+        rankings.update({name: torch.cat(parts)[order].cpu().numpy() for name, parts in losses.items()})
         self.history.append({"epoch": context.epoch, "rankings": rankings, "seconds": seconds})
 
 
@@ -149,7 +149,7 @@ def teach(args, distiller, name: str, *, seed: int = 0, label_noise: float = 0.0
     result["test_accuracy"] = float(right.mean())
     result["accuracy_by_class"] = [float(right[output.label_ids == c].mean()) for c in range(data.num_labels)]
     if isinstance(distiller, KDAIF):
-        result["weights"] = distiller.weights.numpy().copy()
+        result["weights"] = distiller.weights.cpu().numpy().copy()
         labels = train.labels[train.index.argsort()]
         result["weight_by_class"] = [float(result["weights"][labels == c].mean()) for c in range(data.num_labels)]
     return result

@@ -691,6 +691,28 @@ def test_the_last_layer_solves_with_its_exact_hessian(bias, damping):
     torch.testing.assert_close(product, expected, rtol=1e-7, atol=1e-9)
 
 
+def test_the_last_layer_of_a_student_without_doubts_is_solved_as_well():
+    """Where every 1 - p is below the rounding of p. Reference: the Hessian as a sum over pairs of classes."""
+    logits, features = last_layer_problem()
+    logits, (n, width) = logits + 50 * F.one_hot(torch.arange(30) % 4), features.shape
+    probabilities = logits.softmax(1)
+    assert (probabilities.max(1).values == 1).all()
+    hessian = torch.zeros(4 * width, 4 * width, dtype=torch.float64)
+    for p, h in zip(probabilities, features, strict=True):
+        for one in range(4):
+            for other in range(one):
+                difference = torch.zeros(4, dtype=torch.float64)
+                difference[one], difference[other] = 1, -1
+                row = (difference[:, None] * h).flatten()
+                hessian += p[one] * p[other] * torch.outer(row, row) / n
+    gradient = torch.randn(4, width, dtype=torch.float64)
+    added = 0.1 * hessian.trace() / len(hessian)
+    assert 0 < added < 1e-18
+    expected = torch.linalg.solve(hessian / added + torch.eye(len(hessian)), gradient.flatten() / added)
+    product = last_layer_inverse_product(logits, features, gradient, tolerance=1e-13)
+    torch.testing.assert_close(product, expected.view_as(gradient), rtol=1e-7, atol=1e-9 * expected.abs().max().item())
+
+
 def test_the_last_layer_of_two_processes_solves_as_that_of_one():
     logits, features = last_layer_problem()
     gradient = torch.randn(4, 4, dtype=torch.float64)

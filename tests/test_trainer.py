@@ -31,6 +31,7 @@ from helpers import (
     weights,
 )
 from torch import nn
+from torch.utils.data import Subset
 from transformers import AutoModelForSequenceClassification, HfArgumentParser, TrainerCallback
 
 from hfkd import DistillationTrainingArguments
@@ -645,6 +646,11 @@ def test_the_context_gives_models_data_and_batches(tmp_path):
     assert torch.equal(batches[0]["index"], torch.arange(5))
     seen = context.gather(torch.cat([batch["index"] for batch in context.batches(dataset)]))
     assert seen.tolist() == list(range(11))  # in order, of the un-augmented view
+    part = Subset(Subset(Plain(rows("bert", 16, seed=4).columns), range(1, 10)), [4, 2])
+    (batch,) = context.batches(part)
+    plain = rows("bert", 11)
+    assert torch.equal(batch["labels"], plain.columns["labels"][[5, 3]])  # seed 4 has others
+    assert torch.equal(context.take(part, [1])["index"], torch.tensor([3]))
 
 
 def test_the_context_knows_the_numbers_of_the_samples(tmp_path):
