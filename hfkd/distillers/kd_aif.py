@@ -12,6 +12,7 @@ import datasets
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 
 from hfkd.checks import dataset_labels
 from hfkd.distillers.base import Distiller, ModelOutputs, Wrapper, check_not_negative
@@ -277,6 +278,8 @@ class KDAIF(Wrapper):
                 "KDAIF measures influence on held-out samples: pass held_out_dataset=, a split that is neither "
                 "trained nor tested on (in the examples: --held_out_fraction 0.1)"
             )
+        if isinstance(context.held_out_dataset, IterableDataset) or not len(context.held_out_dataset):
+            raise ValueError("the held-out set is a stream or empty: pass a map-style data set with some rows")
         held_out = dataset_labels(context.held_out_dataset)
         if held_out is not None and (held_out < 0).any():
             raise ValueError("the held-out set has samples without a label, which show no risk: remove them")

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from helpers import assert_identical, logged, make_trainer, rows, tiny, tiny_teacher, weights
 from sklearn.metrics import roc_auc_score
 from torch import nn
-from torch.utils.data import Subset
+from torch.utils.data import IterableDataset, Subset
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
@@ -537,9 +537,24 @@ def test_what_does_not_fit_is_refused(arguments, message):
         KDAIF(**arguments)
 
 
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(rows("bert", 7))
+
+
 def test_a_held_out_set_with_labels_is_needed(tmp_path):
     with pytest.raises(ValueError, match="pass held_out_dataset="):
         make_trainer(tmp_path, tiny("bert"), tiny_teacher("bert"), KDAIF(), rows("bert"))
+    for nothing in (Stream(), Subset(rows("bert", 7), [])):
+        with pytest.raises(ValueError, match="a stream or empty: pass a map-style data set"):
+            make_trainer(
+                tmp_path,
+                tiny("bert"),
+                tiny_teacher("bert"),
+                KDAIF(),
+                rows("bert"),
+                trainer={"held_out_dataset": nothing},
+            )
     for no_label in (-100, -1):  # -1: a benchmark's hidden ones
         held_out = rows("bert", 7)
         held_out.columns["labels"][0] = no_label
