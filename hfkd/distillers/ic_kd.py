@@ -316,6 +316,9 @@ class InContextKD(Distiller):
     def on_train_begin(self, context):
         if self.mode != "offline":
             self._refreshed = self._due(context)
+            for bank in (self.student_bank, self.teacher_bank):
+                if bank is not None and not context.progress:  # a second run: that bank is of the first one's end
+                    bank.clear()
         elif not self.teacher_bank.is_filled:
             self._fill(context, "teacher", context.teacher)
 

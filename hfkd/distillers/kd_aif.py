@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -407,11 +408,11 @@ class KDAIF(Wrapper):
         self.refreshed.fill_(context.epoch)
         if context.is_main_process:
             columns = {"index": index, "label": labels, "influence": influence, "weight": self.weights}
-            table = datasets.Dataset.from_dict({name: column.cpu().numpy() for name, column in columns.items()})
-            table = table.add_column("epoch", [context.epoch] * len(table))
+            columns["epoch"] = torch.full_like(index, context.epoch)
+            table = pa.table({name: column.cpu().numpy() for name, column in columns.items()})
             path = Path(context.output_dir, TABLE_FOLDER, f"epoch-{context.epoch:03d}.parquet")
             path.parent.mkdir(parents=True, exist_ok=True)
-            table.to_parquet(path.with_suffix(".part"))
+            pq.write_table(table, path.with_suffix(".part"))
             path.with_suffix(".part").replace(path)
 
     def _measure(self, context) -> tuple[Tensor, Tensor, Tensor]:

@@ -465,6 +465,15 @@ def test_a_pass_leaves_models_and_random_numbers_as_they_were(tmp_path, family, 
     assert family != "cifar" or batch_norms(trainer.model)
 
 
+def test_a_second_run_starts_without_context(tmp_path):
+    distiller = InContextKD("teacher_free", neighbours=2, negatives=4, refresh=0.5)
+    trainer = make_trainer(tmp_path, tiny("bert"), None, distiller, rows("bert"), max_steps=4)
+    for _ in range(2):
+        trainer.train()
+        assert distiller.student_bank.is_filled
+    assert [picd > 0 for picd in logged(trainer, "picd")] == [False, False, True, True]
+
+
 def test_a_subset_and_a_budget_of_labels_work(tmp_path):
     dataset = rows("bert", 30)
     dataset.columns["labels"][::4] = -100
