@@ -410,7 +410,7 @@ def last_layer_inverse_product(
     gradient: Tensor,
     *,
     damping: float | None = None,
-    tolerance: float = 1e-8,
+    tolerance: float = 1e-10,
     reduce: Callable[[Tensor], Tensor] = _identity,
 ) -> Tensor:
     r"""(H + δI)⁻¹ G for a linear last layer under cross-entropy, by conjugate gradients on its stored inputs.

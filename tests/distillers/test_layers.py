@@ -85,6 +85,6 @@ def test_features_of_half_precision_are_compared_in_float32(tmp_path):
         max_steps=2,
         learning_rate=0.001,
     )
-    assert distiller.parts["fitnet"].projectors[0].weight.dtype == torch.float32
+    assert distiller.parts["fitnet"].projectors[0][0].weight.dtype == torch.float32
     trainer.train()
     assert all(entry["rkd/rkd"] > 0 for entry in trainer.state.log_history if "rkd/rkd" in entry)
