@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -44,6 +45,13 @@ def dataset_labels(dataset: Dataset | None) -> np.ndarray | None:
         return None if labels is None else labels[list(dataset.indices)]
     labels = getattr(dataset, "labels", None)
     return None if labels is None else np.asarray(labels)
+
+
+def innermost(dataset: Dataset | None) -> Dataset | None:
+    """The data set that subsets are of."""
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    return dataset
 
 
 def _class_names(dataset: Dataset) -> list[str] | None:
@@ -152,6 +160,48 @@ def check_ensemble(ensemble: TeacherEnsemble, problem_type: str, distiller: Dist
             "teachers of numbers have no probabilities to average, nor a cross-entropy: pass "
             'teacher_model=TeacherEnsemble([...], average="logits")'
         )
+
+
+def check_cache(args: TrainingArguments, dataset: Dataset | None, distiller: Distiller, teacher: nn.Module) -> None:
+    """Refuse a teacher's cache where its answers would not be the teacher's, or would be published.
+
+    A data set that hides a random augmentation of its own is recognised when its inputs are read.
+    """
+    method, remedy = type(distiller).__name__, "or leave out teacher_cache"
+    if distiller.teacher_layers:
+        raise ValueError(
+            f"{method} looks inside its teacher, and the cache keeps logits alone: choose a method of logits such as "
+            f"KD(), {remedy}"
+        )
+    if isinstance(teacher, TeacherEnsemble) and teacher.weighting != "equal":
+        raise ValueError(
+            f'the weights of an ensemble with weighting="cross_entropy" depend on the labels: use "equal", {remedy}'
+        )
+    if dataset is None or isinstance(dataset, IterableDataset):
+        raise ValueError(f"the teacher's answers are kept by sample: pass a map-style train_dataset, {remedy}")
+    inner = innermost(dataset)
+    if getattr(inner, "soft_labels", False):
+        raise ValueError(f"Mixup and CutMix make samples that never come again: turn them off, {remedy}")
+    if getattr(inner, "is_augmented", False) and inner.number_of_views is None:
+        raise ValueError(
+            "the training set is augmented anew in every epoch: pass ImageDataset(..., views=V) to draw from V views "
+            f"of each sample, which the teacher's cache then holds, {remedy}"
+        )
+    if isinstance(inner, datasets.Dataset) and inner.format["type"] == "custom":
+        raise ValueError(
+            "the training set has a transform, which may give other inputs each time: store what it makes with "
+            f"dataset.map, or use hfkd.data.ImageDataset, {remedy}"
+        )
+    columns = getattr(inner, "column_names", None)
+    if "index" not in (columns if isinstance(columns, list) else list(inner[0])):
+        raise ValueError(
+            "the teacher's answers are kept by the column index, which the training set lacks: add it with "
+            f'dataset.add_column("index", list(range(len(dataset)))), {remedy}'
+        )
+    if args.push_to_hub and isinstance(args.teacher_cache, str):
+        folder, output = (Path(path).expanduser().resolve() for path in (args.teacher_cache, args.output_dir))
+        if folder.is_relative_to(output):
+            raise ValueError(f"a push uploads all of {args.output_dir}: put teacher_cache= elsewhere, {remedy}")
 
 
 def check_processes(args: TrainingArguments, accelerator: Accelerator) -> None:

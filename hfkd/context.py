@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from hfkd.teacher import TeacherEnsemble
 
 
 if TYPE_CHECKING:
+    from hfkd.cache import TeacherCache
     from hfkd.teacher import Teacher, Teachers
     from hfkd.trainer import DistillationTrainer
 
@@ -32,9 +33,9 @@ class DistillationContext:
         return self._trainer.model
 
     @property
-    def teacher(self) -> Teacher | Teachers | None:
+    def teacher(self) -> Teacher | Teachers | TeacherCache | None:
         """Where teacher outputs come from: call it with a batch. None without a frozen teacher."""
-        return self._trainer.teacher
+        return self._trainer.teacher if self._trainer.cache is None else self._trainer.cache
 
     @property
     def teacher_model(self) -> nn.Module | None:
@@ -124,12 +125,11 @@ class DistillationContext:
         accelerator = self._trainer.accelerator
         share = range(accelerator.process_index, len(plain), self.processes)
         for batch in self._loader(Subset(plain, share), self._trainer.args.eval_batch_size):
-            yield self._trainer._with_labels(self._trainer._prepare_inputs(batch))
+            yield self._prepared(batch, dataset)
 
     def take(self, dataset: Dataset, rows: Sequence[int]) -> dict[str, Tensor]:
         """Some rows of a dataset as one batch, un-augmented, collated as in training and on the device."""
-        batch = next(iter(self._loader(Subset(self._plain(dataset), rows), len(rows))))
-        return self._trainer._with_labels(self._trainer._prepare_inputs(batch))
+        return self._prepared(next(iter(self._loader(Subset(self._plain(dataset), rows), len(rows)))), dataset)
 
     def sample(self, size: int = 2) -> dict[str, Tensor]:
         """The first training samples: un-augmented and collated as in training: enough to learn shapes in ``setup``.
@@ -152,6 +152,12 @@ class DistillationContext:
         if self.processes > 1:
             for buffer in model.buffers():
                 broadcast(buffer)
+
+    def _prepared(self, batch: Mapping[str, Tensor], dataset: Dataset) -> dict[str, Tensor]:
+        batch = self._trainer._with_labels(self._trainer._prepare_inputs(batch))
+        if dataset is self.train_dataset:
+            return self._trainer._with_view(batch)
+        return {name: column for name, column in batch.items() if name != "view"}  # whose numbers are another set's
 
     def _plain(self, dataset: Dataset) -> Dataset:
         return getattr(dataset, "without_augmentation", lambda: dataset)()

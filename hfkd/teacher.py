@@ -123,6 +123,15 @@ class Teacher:
         self.layers, self.dtype = tuple(layers), dtype
         self.label_order = None if label_order is None else torch.tensor(label_order, device=device)
 
+    @property
+    def precision(self) -> str:
+        """In which it would answer here and now: by its own dtype, else the autocast around it, else its weights'."""
+        parameter = next(self.model.parameters())
+        dtype = self.dtype
+        if dtype is None and torch.is_autocast_enabled(parameter.device.type):
+            dtype = torch.get_autocast_dtype(parameter.device.type)
+        return str(dtype or parameter.dtype).removeprefix("torch.")
+
     @torch.no_grad()
     def __call__(self, batch: Mapping[str, Tensor]) -> ModelOutputs:
         """Teacher outputs for a batch, without gradient.
@@ -155,6 +164,11 @@ class Teachers:
 
     def __init__(self, ensemble: TeacherEnsemble, members: Sequence[Teacher]):
         self.ensemble, self.members = ensemble, tuple(members)
+
+    @property
+    def precision(self) -> str:
+        """In which the members would answer here and now."""
+        return ", ".join(dict.fromkeys(member.precision for member in self.members))
 
     def __call__(self, batch: Mapping[str, Tensor]) -> ModelOutputs:
         """What the ensemble says about a batch, in float32 and without gradient.

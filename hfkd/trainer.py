@@ -16,13 +16,16 @@ from tqdm.auto import tqdm
 from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 
+from hfkd.cache import TeacherCache, describe
 from hfkd.checks import (
+    check_cache,
     check_columns,
     check_ensemble,
     check_labels,
     check_processes,
     check_teacher,
     dataset_labels,
+    innermost,
     problem_type_of,
 )
 from hfkd.context import DistillationContext
@@ -30,6 +33,7 @@ from hfkd.data import DistillationCollator
 from hfkd.distillers import KD, Distiller, ModelOutputs, StudentAlone
 from hfkd.distillers.base import IGNORE_INDEX, HardLabelLoss, autocast_off, weighted_mean
 from hfkd.features import base_model, detached, find_module, in_float32, input_names, run_model, use_channels_last
+from hfkd.labels import named_labels
 from hfkd.modelcard import write_model_card
 from hfkd.teacher import Teacher, TeacherEnsemble, Teachers, members_of
 from hfkd.training_args import DistillationTrainingArguments
@@ -108,9 +112,7 @@ class _Hooks(TrainerCallback):
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         # Accelerate's sharded loader sets the epoch of a seedable sampler and then leaves the dataset out.
-        dataset = self.trainer.train_dataset
-        while isinstance(dataset, Subset):
-            dataset = dataset.dataset
+        dataset = innermost(self.trainer.train_dataset)
         if hasattr(dataset, "set_epoch"):
             dataset.set_epoch(self.trainer.context.epoch)
         self.trainer.distiller.on_epoch_begin(self.trainer.context)
@@ -221,6 +223,8 @@ class DistillationTrainer(Trainer):
         self._set_up_labels()
         self._set_up_teacher(teacher_model)
         self._set_up_distiller()
+        if getattr(self.args, "teacher_cache", None) and self.teacher_model is not None:
+            self._set_up_cache()
         self._term_sums: dict[str, Tensor] = {}
         self._term_count = 0
         self._evaluated = torch.zeros(2, device=self.args.device)  # sum of losses, number of labelled samples
@@ -265,7 +269,7 @@ class DistillationTrainer(Trainer):
         if made is not None and teacher_model is not None:
             raise ValueError(f"{method} brings its own teacher: leave out teacher_model")
         self.teacher_model = made if made is not None else teacher_model
-        self.teacher = None
+        self.teacher = self.cache = None
         self._saves_teacher = made is not None or distiller.trains_teacher
         if self.teacher_model is None:
             if distiller.needs_teacher:
@@ -326,6 +330,35 @@ class DistillationTrainer(Trainer):
                 f"{type(self.distiller).__name__} has parameters of its own, which the given scheduler does not know: "
                 "pass optimizers=(optimizer, None), or neither"
             )
+
+    def _set_up_cache(self) -> None:
+        """Open the store of the teacher's answers, which from now on stands before the teacher."""
+        if self._saves_teacher:
+            raise ValueError(
+                f"the teacher of {type(self.distiller).__name__} changes as it trains: leave out teacher_cache"
+            )
+        check_cache(self.args, self.train_dataset, self.distiller, self.teacher_model)
+        with self.compute_loss_context_manager():
+            precision = self.teacher.precision
+        members = self.teacher.members if isinstance(self.teacher, Teachers) else [self.teacher]
+        label_orders = [None if member.label_order is None else member.label_order.tolist() for member in members]
+        index, identity = describe(
+            self.teacher_model,
+            self.train_dataset,
+            self._teacher_columns(),
+            precision=precision,
+            dtype=self.args.teacher_cache_dtype,
+            label_names=named_labels(self.model.config),
+            label_orders=label_orders,
+        )
+        self.cache = TeacherCache(
+            self.teacher,
+            index,
+            identity,
+            classes=self.model.config.num_labels,
+            folder=None if self.args.teacher_cache is True else self.args.teacher_cache,
+            views=getattr(innermost(self.train_dataset), "number_of_views", None) or 0,
+        )
 
     def _eval_datasets(self) -> dict[str, Dataset]:
         if self.eval_dataset is None:
@@ -394,11 +427,14 @@ class DistillationTrainer(Trainer):
     def _set_signature_columns_if_needed(self):
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
-            names = [*input_names(self.model), *self.distiller.batch_columns, "index", "sample_weight"]
+            names = [*input_names(self.model), *self.distiller.batch_columns, "index", "view", "sample_weight"]
             if self.teacher_model is not None:
-                teacher_names = [name for member in members_of(self.teacher_model) for name in input_names(member)]
-                names += [*teacher_names, *(f"teacher_{name}" for name in teacher_names)]
+                names += self._teacher_columns()
             self._signature_columns = list(dict.fromkeys([*self._signature_columns, *names]))
+
+    def _teacher_columns(self) -> list[str]:
+        names = [name for member in members_of(self.teacher_model) for name in input_names(member)]
+        return [*names, *(f"teacher_{name}" for name in names)]
 
     def _get_collator_with_removed_columns(self, data_collator, description=None):
         by_sample = super()._get_collator_with_removed_columns(data_collator, description)
@@ -408,12 +444,18 @@ class DistillationTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         batch = self._with_labels(inputs)
-        teacher = None if self.teacher is None else self.teacher(batch)
+        teacher = None if self.teacher is None else self.context.teacher(self._with_view(batch))
         loss, terms = model(batch, teacher)
         for name, term in terms.items():
             self._term_sums[name] = self._term_sums[name] + term if name in self._term_sums else term
         self._term_count += 1
         return (loss, terms) if return_outputs else loss
+
+    def _with_view(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A batch of the training set with what the teacher's cache, where there is one, knows it by."""
+        if self.cache is None or "view" in batch:
+            return dict(batch)
+        return {**batch, "view": torch.zeros_like(batch["index"])}
 
     def _with_labels(self, inputs: Mapping[str, Tensor], *, fill: bool = True) -> dict[str, Tensor]:
         """The batch with its labels under that name; unlabelled data gets -100 where ``fill``."""
@@ -475,7 +517,10 @@ class DistillationTrainer(Trainer):
         if self.label_scale != 1:
             self.log({"label_scale": self.label_scale})
         if self.teacher is not None and not self._saves_teacher and self.eval_dataset is not None:
-            self.log({f"teacher_{name}": value for name, value in self.evaluate_teacher(max_samples=1000).items()})
+            score = self.evaluate_teacher(max_samples=1000)
+            self.log({f"teacher_{name}": value for name, value in score.items()})
+            if self.cache is not None and self.is_world_process_zero():
+                self.cache.note_score(score)
 
     def evaluate_teacher(self, dataset: Dataset | None = None, max_samples: int | None = None) -> dict[str, float]:
         """Score the frozen teacher as the student is scored.

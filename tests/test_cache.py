@@ -1,0 +1,453 @@
+"""The teacher's cache: what it gives is what the teacher says, whatever happens to it."""
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    NUM_LABELS,
+    Mutual,
+    Rows,
+    assert_identical,
+    logged,
+    make_trainer,
+    rows,
+    tiny,
+    tiny_teacher,
+    weights,
+)
+from torch.utils.data import IterableDataset
+
+from hfkd import DistillationTrainingArguments, TeacherEnsemble
+from hfkd.cache import MANIFEST, TeacherCache
+from hfkd.checks import check_cache
+from hfkd.distillers import AT, KD, KDAIF, TTM, ModelOutputs, SelfDistillation
+
+
+NAMES = ["cat", "dog", "owl", "fox", "bee"]
+
+
+@pytest.fixture(autouse=True)
+def root(tmp_path, monkeypatch):
+    """No test writes into the user's own caches."""
+    monkeypatch.setenv("HFKD_CACHE", str(tmp_path / "caches"))
+    return tmp_path / "caches"
+
+
+def cached(tmp_path, family="bert", teacher=None, distiller=None, dataset=None, *, trainer=None, **arguments):
+    teacher = teacher if teacher is not None else tiny_teacher(family)
+    dataset = dataset if dataset is not None else rows(family)
+    return make_trainer(
+        tmp_path / "run",
+        tiny(family),
+        teacher,
+        distiller,
+        dataset,
+        trainer=trainer,
+        **{"teacher_cache": True, **arguments},
+    )
+
+
+def counts(trainer):
+    return trainer.cache.hits, trainer.cache.misses
+
+
+def table(cache, view=0):
+    """What is kept of one view, and of which samples."""
+    return cache.logits.read(view * len(cache.index) + np.arange(len(cache.index)))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 2e-3), ("float32", 1e-6)])
+@pytest.mark.parametrize("family", ["bert", "cifar"])
+def test_cached_answers_are_the_teachers(tmp_path, family, dtype, tolerance):
+    """In both epochs, of which the second asks nobody."""
+    online = make_trainer(tmp_path / "online", tiny(family), tiny_teacher(family), KD(), rows(family), max_steps=4)
+    online.train()
+    trainer = cached(tmp_path, family, distiller=KD(), max_steps=4, teacher_cache_dtype=dtype)
+    calls = []
+    trainer.teacher_model.register_forward_hook(lambda *_: calls.append(1))
+    trainer.train()
+    assert (counts(trainer), len(calls)) == ((16, 16), 2)
+    assert logged(trainer, "kd") == pytest.approx(logged(online, "kd"), rel=10 * tolerance)
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(16)])
+    kept, known = table(trainer.cache)
+    assert known.all()
+    assert kept.dtype == dtype
+    np.testing.assert_allclose(kept, online.teacher(batch).logits.numpy(), rtol=tolerance, atol=tolerance)
+
+
+def test_a_second_run_asks_nobody_and_is_the_first(tmp_path):
+    """Also with another method, other labels, another order, another seed: the inputs are the same."""
+    first = cached(tmp_path, max_steps=4)
+    first.train()
+    again = cached(tmp_path, max_steps=4)
+    again.train()
+    assert (counts(first), counts(again)) == ((16, 16), (32, 0))
+    assert_identical(weights(first.model), weights(again.model))
+    turned = rows("bert").columns
+    turned = Rows({name: column.flip(0) for name, column in {**turned, "labels": turned["labels"] * 0}.items()})
+    other = cached(tmp_path, distiller=TTM(), dataset=turned, seed=7, max_steps=2)
+    other.train()
+    assert counts(other) == (16, 0)
+    assert len(list((tmp_path / "caches").iterdir())) == 1
+
+
+def test_an_interrupted_run_goes_on_where_it_was(tmp_path):
+    cached(tmp_path, max_steps=1).train()
+    trainer = cached(tmp_path, max_steps=4)
+    assert trainer.cache.filled == 8
+    trainer.train()
+    assert counts(trainer) == (24, 8)
+
+
+def hub_rows(n=16, **columns):
+    texts = rows("bert", n).columns
+    lengths = texts["attention_mask"].sum(1).tolist()
+    names = ("input_ids", "attention_mask", "token_type_ids")
+    lists = {name: [row[:k] for row, k in zip(texts[name].tolist(), lengths, strict=True)] for name in names}
+    return datasets.Dataset.from_dict(
+        {**lists, "labels": texts["labels"].tolist(), "index": list(range(100, 100 + n)), **columns}
+    )
+
+
+def test_a_hub_data_set_is_kept_by_its_numbers(tmp_path):
+    whole = cached(tmp_path, dataset=hub_rows(), max_steps=2)
+    whole.train()
+    shuffled = hub_rows().shuffle(seed=3)
+    again = cached(tmp_path, dataset=shuffled, max_steps=2)
+    again.train()
+    assert counts(again) == (16, 0)
+    batch = again.data_collator([{k: v for k, v in row.items() if k != "labels"} for row in shuffled])
+    kept = again.cache({**batch, "view": torch.zeros(16, dtype=torch.long)}).logits
+    torch.testing.assert_close(kept.float(), again.teacher(batch).logits, rtol=2e-3, atol=2e-3)
+
+
+# What makes it another cache
+
+
+def changed(change):
+    teacher, dataset, arguments = tiny_teacher("bert"), rows("bert"), {}
+    if change == "teacher":
+        teacher.classifier.bias.data[0] += 1e-6
+    elif change == "heads":
+        teacher = tiny_teacher("bert", num_attention_heads=1)
+    elif change == "inputs":
+        dataset.columns["input_ids"][3, 1] = 1 + dataset.columns["input_ids"][3, 1] % 50
+    elif change == "index":
+        dataset.columns["index"] += 1
+    elif change == "precision":
+        arguments["teacher_dtype"] = "bfloat16"
+    elif change == "autocast":
+        arguments["bf16"] = True
+    elif change == "dtype":
+        arguments["teacher_cache_dtype"] = "float32"
+    elif change == "ensemble":
+        teacher = [teacher, tiny_teacher("bert", seed=3)]
+    return teacher, dataset, arguments
+
+
+CHANGES = {
+    "teacher": "teacher is",
+    "heads": "teacher is",
+    "inputs": "inputs is",
+    "index": "inputs is",
+    "precision": "precision is float32 there and bfloat16 here",
+    "autocast": "precision is float32 there and bfloat16 here",
+    "dtype": "dtype is float16 there and float32 here",
+    "ensemble": "teacher is .*; ensemble is None there",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_another_cache_is_refused_with_the_difference_named(tmp_path, change):
+    folder = str(tmp_path / "mine")
+    cached(tmp_path, teacher_cache=folder, max_steps=1).train()
+    teacher, dataset, arguments = changed(change)
+    with pytest.raises(ValueError, match=rf"(?s)is another one: [^;]*{CHANGES[change]}.*name another folder"):
+        cached(tmp_path, teacher=teacher, dataset=dataset, teacher_cache=folder, **arguments)
+    trainer = cached(tmp_path, teacher=teacher, dataset=dataset, **arguments)  # finds or makes its own
+    assert trainer.cache.filled == 0
+
+
+def test_another_order_of_classes_is_another_cache(tmp_path):
+    def run(order):
+        student, teacher = tiny("bert"), tiny_teacher("bert")
+        student.config.id2label = {i: NAMES[c] for i, c in enumerate(order)}
+        teacher.config.id2label = dict(enumerate(NAMES))
+        return make_trainer(
+            tmp_path, student, teacher, KD(), rows("bert"), teacher_cache=str(tmp_path / "mine"), max_steps=2
+        )
+
+    first = run(range(5))
+    first.train()
+    with pytest.raises(ValueError, match="another one: classes is .'cat', 'dog'.* there and .'fox', 'cat'.* here"):
+        run([3, 0, 4, 1, 2])
+
+
+def test_a_saved_and_loaded_teacher_is_the_same(tmp_path):
+    for family in ("bert", "vit", "cifar", "timm"):
+        teacher = tiny_teacher(family)
+        first = cached(tmp_path, family, teacher=teacher)
+        teacher.save_pretrained(tmp_path / family)
+        loaded = type(teacher).from_pretrained(tmp_path / family)
+        assert cached(tmp_path, family, teacher=loaded).cache.folder == first.cache.folder
+
+
+class Noisy(Rows):
+    """Other inputs each time."""
+
+    def __getitem__(self, i):
+        row = super().__getitem__(i)
+        return {**row, "pixel_values": row["pixel_values"] + torch.rand(())}
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        yield from map(rows("bert").__getitem__, range(16))
+
+
+def duplicated():
+    dataset = rows("bert")
+    dataset.columns["index"][3] = 4
+    return dataset
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"family": "cifar", "distiller": AT()}, "AT looks inside its teacher, and the cache keeps logits alone"),
+        (
+            {"teacher": tiny_teacher("bert", seed=3), "distiller": Mutual()},
+            "the teacher of Mutual changes as it trains",
+        ),
+        (
+            {"teacher": TeacherEnsemble([tiny_teacher("bert"), tiny_teacher("bert")], weighting="cross_entropy")},
+            'depend on the labels: use "equal"',
+        ),
+        ({"dataset": Stream()}, "pass a map-style train_dataset"),
+        ({"dataset": rows("bert").with_columns(index=None)}, "kept by the column index, which the training set lacks"),
+        ({"dataset": hub_rows().remove_columns("index")}, "which the training set lacks: add it with"),
+        ({"dataset": hub_rows().with_transform(dict)}, "has a transform"),
+        ({"dataset": duplicated()}, "two training samples have the same number"),
+        ({"family": "cifar", "dataset": Noisy(rows("cifar").columns)}, "gives other inputs each time.*views=V"),
+    ],
+)
+def test_what_cannot_be_kept_is_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        cached(tmp_path, **options)
+
+
+def test_a_made_teacher_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="teacher of SelfDistillation changes"):
+        make_trainer(tmp_path, tiny("bert"), None, SelfDistillation(), rows("bert"), teacher_cache=True)
+
+
+def test_a_folder_that_a_push_would_upload_is_refused(tmp_path):
+    def check(folder, push):
+        args = DistillationTrainingArguments(str(tmp_path / "run"), push_to_hub=push, teacher_cache=str(folder))
+        check_cache(args, rows("bert"), KD(), tiny_teacher("bert"))
+
+    with pytest.raises(ValueError, match="a push uploads all of .*: put teacher_cache= elsewhere"):
+        check(tmp_path / "run" / "checkpoint-3" / ".." / "cache", True)
+    check(tmp_path / "run" / "cache", False)
+    check(tmp_path / "run-cache", True)
+
+
+def test_logits_beyond_the_dtype_are_refused(tmp_path):
+    teacher = tiny_teacher("bert")
+    teacher.classifier.bias.data[2] = 1e6
+    with pytest.raises(ValueError, match='is 1e[+]06, beyond float16: pass teacher_cache_dtype="float32"'):
+        cached(tmp_path, teacher=teacher).train()
+    cached(tmp_path, teacher=teacher, teacher_cache_dtype="float32").train()
+
+
+@pytest.mark.parametrize(("given", "kept"), [(True, True), ("true", True), ("False", None), (None, None), ("x", "x")])
+def test_the_argument_takes_a_word_or_a_folder(tmp_path, given, kept):
+    trainer = make_trainer(tmp_path, tiny("bert"), dataset=rows("bert"), teacher_cache=given)
+    assert trainer.args.teacher_cache == kept
+    assert trainer.cache is None
+
+
+def test_an_ensemble_is_kept_as_its_mean(tmp_path):
+    teachers = [tiny_teacher("bert"), tiny_teacher("bert", seed=7)]
+    trainer = cached(tmp_path, teacher=teachers, max_steps=4, teacher_cache_dtype="float32")
+    trainer.train()
+    assert counts(trainer) == (16, 16)
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(16)])
+    batch.pop("labels")
+    np.testing.assert_allclose(table(trainer.cache)[0], trainer.teacher(batch).logits.numpy(), rtol=1e-5, atol=1e-5)
+
+
+def test_the_manifest_keeps_the_teachers_score(tmp_path):
+    trainer = cached(tmp_path, trainer={"eval_dataset": rows("bert", 8, seed=4)}, max_steps=1)
+    trainer.train()
+    score = json.loads((trainer.cache.folder / MANIFEST).read_text())["teacher_score"]
+    assert [score["accuracy"]] == logged(trainer, "teacher_accuracy")
+    assert counts(trainer) == (0, 8)  # the evaluation set has the same numbers, and is none of the cache's
+
+
+@pytest.mark.parametrize("layers", ["last", "all"])
+def test_influence_reads_the_training_set_alone(tmp_path, layers):
+    """The held-out samples have numbers of the training set, and are not taken for them."""
+    held_out = rows("cifar", 8, seed=9)
+    runs = [
+        cached(
+            tmp_path,
+            "cifar",
+            distiller=KDAIF(layers=layers, hessian="identity", warm_up=0.0),
+            trainer={"held_out_dataset": held_out},
+            max_steps=4,
+            teacher_cache=cache,
+            teacher_cache_dtype="float32",
+        )
+        for cache in (False, True)
+    ]
+    for run in runs:
+        run.train()
+    assert counts(runs[1])[1] == 16
+    one, other = (run.distiller.influence for run in runs)
+    assert one.abs().max() > 0
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+# What may happen to the files
+
+
+def damaged(cache, name, change):
+    content = bytearray((cache.folder / name).read_bytes())
+    change(content)
+    (cache.folder / name).write_bytes(content)
+
+
+def flip(content):
+    content[8 * 2 * NUM_LABELS] ^= 1  # one bit in row 8
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "lost"),
+    [
+        ("logits", flip, 1),
+        ("logits.checksums", lambda content: content.__setitem__(slice(12, 20), bytes(8)), 2),
+        ("logits", lambda content: content.__delitem__(slice(4 * 2 * NUM_LABELS, None)), 12),
+        ("logits.checksums", lambda content: content.clear(), 16),
+    ],
+)
+def test_a_damaged_row_is_absent(tmp_path, name, change, lost):
+    whole = cached(tmp_path, max_steps=2)
+    whole.train()
+    expected = table(whole.cache)[0].copy()
+    damaged(whole.cache, name, change)
+    trainer = cached(tmp_path, max_steps=2)
+    assert (~table(trainer.cache)[1]).sum() == lost
+    trainer.train()
+    assert counts(trainer) == (16 - lost, lost)
+    np.testing.assert_allclose(table(trainer.cache)[0], expected, rtol=2e-3)
+
+
+def test_a_row_in_the_place_of_another_is_absent(tmp_path):
+    trainer = cached(tmp_path, max_steps=2)
+    trainer.train()
+    for column in (trainer.cache.logits.values, trainer.cache.logits.checksums):
+        column[[2, 9]] = column[[9, 2]]
+    assert np.flatnonzero(~table(trainer.cache)[1]).tolist() == [2, 9]
+
+
+def test_a_damaged_manifest_is_refused(tmp_path):
+    folder = tmp_path / "mine"
+    cached(tmp_path, teacher_cache=str(folder), max_steps=1).train()
+    (folder / MANIFEST).write_text((folder / MANIFEST).read_text()[:40])
+    with pytest.raises(ValueError, match=r"manifest.json is damaged: name another folder in teacher_cache="):
+        cached(tmp_path, teacher_cache=str(folder))
+    (folder / MANIFEST).unlink()
+    with pytest.raises(ValueError, match="holds a teacher's answers without manifest.json"):
+        cached(tmp_path, teacher_cache=str(folder))
+
+
+class Formula:
+    """A teacher whose answers can be computed without it; ``noise`` makes two of them disagree a little."""
+
+    precision = "float32"
+
+    def __init__(self, classes, noise=0.0):
+        self.steps, self.noise, self.asked = torch.arange(classes), noise, 0
+
+    def __call__(self, batch):
+        self.asked += len(batch["index"])
+        return ModelOutputs(self.answers(batch["index"], batch["view"]) + self.noise)
+
+    def answers(self, index, view):
+        return torch.sin(index[:, None] * 0.7 + view[:, None] * 1.3 + self.steps * 0.01) + 2
+
+
+SAMPLES, WIDTH, VIEWS = 256, 5000, 2
+IDENTITY = {"precision": "float32", "dtype": "float16"}
+
+
+def formula_cache(folder, **options):
+    return TeacherCache(
+        Formula(WIDTH, **options), np.arange(SAMPLES), IDENTITY, classes=WIDTH, folder=folder, views=VIEWS
+    )
+
+
+def fill(folder, seed, noise=0.0, rounds=1):
+    cache = formula_cache(folder, noise=noise)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(rounds):
+        for positions in torch.randperm((VIEWS + 1) * SAMPLES, generator=generator).split(64):
+            cache({"index": positions % SAMPLES, "view": positions // SAMPLES})
+    return cache
+
+
+def disagreement(cache):
+    """How far what is kept is from what the teacher says, over the rows that are there; and how many they are."""
+    worst, there = 0.0, 0
+    for view in range(VIEWS + 1):
+        kept, known = table(cache, view)
+        answers = cache.teacher.answers(torch.arange(SAMPLES), torch.full((SAMPLES,), view)).numpy()
+        there += int(known.sum())
+        worst = max(worst, np.abs(kept[known] - answers[known]).max(initial=0.0))
+    return worst, there
+
+
+def test_a_writer_may_be_killed_at_any_moment(tmp_path):
+    """Forty times, and each time every row is the teacher's or absent; then one run completes what they left."""
+    generator = np.random.default_rng(0)
+    cache, there = formula_cache(tmp_path / "cache"), []
+    for seed in range(40):
+        child = multiprocessing.get_context("fork").Process(target=fill, args=(tmp_path / "cache", seed))
+        child.start()
+        time.sleep(generator.uniform(0.002, 0.03))
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+        worst, rows_there = disagreement(cache)
+        assert worst < 2e-3
+        there.append(rows_there)
+        if rows_there == (VIEWS + 1) * SAMPLES:
+            cache.logits.checksums[:] = 0  # start again
+    assert len(set(there)) > 5
+    assert disagreement(fill(tmp_path / "cache", 99))[1] == (VIEWS + 1) * SAMPLES
+
+
+def test_two_writers_share_one_cache(tmp_path):
+    """They answer a little differently, as two batches of one sample do: a row is one of the two, or absent."""
+    writers = [
+        multiprocessing.get_context("fork").Process(target=fill, args=(tmp_path / "cache", seed, noise, 5))
+        for seed, noise in ((0, 0.0), (1, 0.25))
+    ]
+    for writer in writers:
+        writer.start()
+    cache = formula_cache(tmp_path / "cache")
+    while any(writer.is_alive() for writer in writers):
+        kept, known = table(cache, 1)
+        off = kept[known] - cache.teacher.answers(torch.arange(SAMPLES), torch.ones(SAMPLES)).numpy()[known]
+        assert np.minimum(np.abs(off).max(1, initial=0), np.abs(off - 0.25).max(1, initial=0)).max(initial=0) < 3e-3
+    for writer in writers:
+        writer.join()
+        assert writer.exitcode == 0
+    assert disagreement(cache)[1] > 0.9 * (VIEWS + 1) * SAMPLES
