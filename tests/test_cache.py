@@ -1,5 +1,6 @@
 """The teacher's cache: what it gives is what the teacher says, whatever happens to it."""
 
+import functools
 import json
 import multiprocessing
 import os
@@ -15,6 +16,7 @@ from helpers import (
     Mutual,
     Rows,
     assert_identical,
+    largest_difference,
     logged,
     make_trainer,
     rows,
@@ -22,11 +24,14 @@ from helpers import (
     tiny_teacher,
     weights,
 )
-from torch.utils.data import IterableDataset
+from PIL import Image
+from torch.utils.data import IterableDataset, Subset
+from transformers import ViTImageProcessor
 
 from hfkd import DistillationTrainingArguments, TeacherEnsemble
 from hfkd.cache import MANIFEST, TeacherCache
 from hfkd.checks import check_cache
+from hfkd.data import ImageDataset
 from hfkd.distillers import AT, KD, KDAIF, TTM, ModelOutputs, SelfDistillation
 
 
@@ -316,6 +321,133 @@ def test_influence_reads_the_training_set_alone(tmp_path, layers):
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
+# Views
+
+
+def images(n=8, *, pictures=0, **options):
+    """Images of 32 x 32 with scattered numbers."""
+    generator = np.random.default_rng(pictures)
+    drawn = [Image.fromarray(generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(n)]
+    columns = {"image": drawn, "label": [i % NUM_LABELS for i in range(n)], "index": [7 * i + 3 for i in range(n)]}
+    processor = ViTImageProcessor(size={"height": 32, "width": 32})
+    return ImageDataset(datasets.Dataset.from_dict(columns), processor, **options)
+
+
+def ask(trainer, dataset):
+    return trainer.context.teacher(dataset.__getitems__(list(range(len(dataset))))).logits
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 2e-3), ("float32", 1e-6)])
+def test_every_view_is_the_teachers(tmp_path, dtype, tolerance):
+    """All 162 of crop and flip, and the un-augmented sample, asked in one order and read in another."""
+    dataset = images(4, augment="crop_flip", views=162)
+    trainer = cached(tmp_path, "cifar", dataset=dataset, teacher_cache_dtype=dtype)
+    for view in range(163):
+        ask(trainer, dataset.only_view(view))
+    assert counts(trainer) == (0, 4 * 163)
+    trainer.teacher_model.forward = None  # who is asked now fails
+    answers = {view: ask(trainer, dataset.only_view(view)) for view in reversed(range(163))}
+    assert counts(trainer) == (4 * 163, 4 * 163)
+    del trainer.teacher_model.forward
+    for view, kept in answers.items():
+        pixels = dataset.only_view(view).__getitems__([0, 1, 2, 3])["pixel_values"]
+        with torch.no_grad():
+            online = trainer.teacher_model(pixels).logits
+        torch.testing.assert_close(kept.float(), online, rtol=tolerance, atol=tolerance)
+    assert len({kept.numpy().tobytes() for kept in answers.values()}) > 150
+
+
+def test_training_under_augmentation_is_training_without_the_cache(tmp_path):
+    def run(cache):
+        return cached(
+            tmp_path,
+            "cifar",
+            dataset=images(augment="crop_flip", views=3),
+            max_steps=8,
+            teacher_cache=cache,
+            teacher_cache_dtype="float32",
+        )
+
+    online, first, again = run(None), run(True), run(True)
+    for trainer in (online, first):
+        trainer.train()
+    again.train()
+    assert sum(counts(first)) == 64
+    assert 16 < counts(first)[1] == first.cache.filled <= 24
+    assert counts(again) == (64, 0)
+    assert largest_difference(weights(online.model), weights(first.model)) < 1e-5
+    assert_identical(weights(first.model), weights(again.model))
+
+
+def test_two_seeds_two_methods_and_more_views_share_their_views(tmp_path):
+    first = cached(tmp_path, "cifar", dataset=images(augment="crop_flip", views=2), max_steps=12)
+    first.train()
+    assert first.cache.filled == 16  # after 12 epochs all have been met
+    other = images(augment="crop_flip", views=2, seed=1)
+    second = cached(tmp_path, "cifar", dataset=other, distiller=TTM(), seed=5, max_steps=4)
+    second.train()
+    assert counts(second) == (32, 0)
+    more = cached(tmp_path, "cifar", dataset=images(augment="crop_flip", views=5), max_steps=6)
+    more.train()
+    assert counts(more)[1] <= 24
+    again = cached(tmp_path, "cifar", dataset=images(augment="crop_flip", views=2), max_steps=2)
+    again.train()
+    assert counts(again) == (16, 0)
+
+
+def test_a_pass_without_augmentation_gets_no_augmented_view(tmp_path):
+    dataset = images(augment="crop_flip", views=3)
+    trainer = cached(tmp_path, "cifar", dataset=dataset, max_steps=6, teacher_cache_dtype="float32")
+    trainer.train()
+    for _ in range(2):
+        (batch,) = trainer.context.batches(dataset)
+        torch.testing.assert_close(trainer.context.teacher(batch).logits, trainer.teacher(batch).logits)
+        taken = trainer.context.take(dataset, [5, 2])
+        torch.testing.assert_close(trainer.context.teacher(taken).logits, trainer.teacher(batch).logits[[5, 2]])
+    assert table(trainer.cache, 0)[1].all()
+    held_out = images(pictures=3, augment="crop_flip", views=3)  # with the same numbers
+    (batch,) = trainer.context.batches(held_out)
+    torch.testing.assert_close(trainer.context.teacher(batch).logits, trainer.teacher(batch).logits)
+
+
+def test_a_subset_of_images_is_kept_by_its_numbers(tmp_path):
+    dataset = Subset(images(augment="crop_flip", views=2), [6, 1, 4, 3])
+    trainer = cached(tmp_path, "cifar", dataset=dataset, max_steps=4, per_device_train_batch_size=2)
+    trainer.train()
+    assert sum(counts(trainer)) == 8
+    assert trainer.cache.index.tolist() == [10, 24, 31, 45]
+
+
+@pytest.mark.parametrize("options", [{"augment": "crop_flip"}, {"rand_augment": "rand-m9-mstd0.5"}])
+def test_augmentation_without_numbered_views_is_refused(tmp_path, options):
+    for dataset in (images(**options), Subset(images(**options), [0, 1])):
+        with pytest.raises(ValueError, match=r"augmented anew in every epoch: pass ImageDataset\(..., views=V\)"):
+            cached(tmp_path, "cifar", dataset=dataset)
+    with pytest.raises(ValueError, match="Mixup and CutMix make samples that never come again"):
+        cached(tmp_path, "cifar", dataset=images(mixup_alpha=0.2, num_labels=NUM_LABELS, **options))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 1}, "inputs is"),
+        ({"augment": "crop", "views": 2}, "preprocessing is .*'crop_flip'.* there and .*'crop'.* here"),
+        ({"augment": None, "views": None}, "preprocessing is"),
+    ],
+)
+def test_other_images_are_refused(tmp_path, change, message):
+    folder, usual = str(tmp_path / "mine"), {"augment": "crop_flip", "views": 2}
+    cached(tmp_path, "cifar", dataset=images(**usual), teacher_cache=folder)
+    seed = change.pop("seed", 0)
+    if seed:
+        dataset = images(**usual)
+        dataset.pixels[3, 0, 0, 0] ^= 1
+    else:
+        dataset = images(**{**usual, **change})
+    with pytest.raises(ValueError, match=f"another one: {message}"):
+        cached(tmp_path, "cifar", dataset=dataset, teacher_cache=folder)
+
+
 # What may happen to the files
 
 
@@ -369,85 +501,83 @@ def test_a_damaged_manifest_is_refused(tmp_path):
         cached(tmp_path, teacher_cache=str(folder))
 
 
-class Formula:
-    """A teacher whose answers can be computed without it; ``noise`` makes two of them disagree a little."""
-
-    precision = "float32"
-
-    def __init__(self, classes, noise=0.0):
-        self.steps, self.noise, self.asked = torch.arange(classes), noise, 0
-
-    def __call__(self, batch):
-        self.asked += len(batch["index"])
-        return ModelOutputs(self.answers(batch["index"], batch["view"]) + self.noise)
-
-    def answers(self, index, view):
-        return torch.sin(index[:, None] * 0.7 + view[:, None] * 1.3 + self.steps * 0.01) + 2
-
-
-SAMPLES, WIDTH, VIEWS = 256, 5000, 2
+SAMPLES, WIDTH, VIEWS = 256, 4000, 2
+ALL = (VIEWS + 1) * SAMPLES
 IDENTITY = {"precision": "float32", "dtype": "float16"}
 
 
-def formula_cache(folder, **options):
-    return TeacherCache(
-        Formula(WIDTH, **options), np.arange(SAMPLES), IDENTITY, classes=WIDTH, folder=folder, views=VIEWS
-    )
+@functools.cache
+def answers():
+    """Of a teacher without a model, to every sample of every view."""
+    return torch.sin(torch.arange(ALL)[:, None] * 0.7 + torch.arange(WIDTH) * 0.01) + 2
 
 
-def fill(folder, seed, noise=0.0, rounds=1):
-    cache = formula_cache(folder, noise=noise)
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(rounds):
-        for positions in torch.randperm((VIEWS + 1) * SAMPLES, generator=generator).split(64):
-            cache({"index": positions % SAMPLES, "view": positions // SAMPLES})
+class Formula:
+    """Gives them; ``noise`` makes two of it disagree a little."""
+
+    precision = "float32"
+
+    def __init__(self, noise):
+        self.noise = noise
+
+    def __call__(self, batch):
+        return ModelOutputs(answers()[batch["view"] * SAMPLES + batch["index"]] + self.noise)
+
+
+def formula_cache(folder, noise=0.0):
+    return TeacherCache(Formula(noise), np.arange(SAMPLES), IDENTITY, classes=WIDTH, folder=folder, views=VIEWS)
+
+
+def fill(folder, seed, noise=0.0):
+    cache = formula_cache(folder, noise)
+    for part in torch.randperm(ALL, generator=torch.Generator().manual_seed(seed)).split(64):
+        cache({"index": part % SAMPLES, "view": part // SAMPLES})
     return cache
 
 
-def disagreement(cache):
-    """How far what is kept is from what the teacher says, over the rows that are there; and how many they are."""
-    worst, there = 0.0, 0
-    for view in range(VIEWS + 1):
-        kept, known = table(cache, view)
-        answers = cache.teacher.answers(torch.arange(SAMPLES), torch.full((SAMPLES,), view)).numpy()
-        there += int(known.sum())
-        worst = max(worst, np.abs(kept[known] - answers[known]).max(initial=0.0))
-    return worst, there
+def kept_and_right(cache, *noises):
+    """How many rows are there; asserts that they are the answers, with some noise or other."""
+    kept, known = cache.logits.read(np.arange(ALL))
+    off = [np.abs(kept[known] - answers().numpy()[known] - noise).max(1) for noise in noises]
+    assert (np.min(off, axis=0) < 2e-3).all()
+    return int(known.sum())
+
+
+def process(*arguments):
+    return multiprocessing.get_context("fork").Process(target=fill, args=arguments)
 
 
 def test_a_writer_may_be_killed_at_any_moment(tmp_path):
-    """Forty times, and each time every row is the teacher's or absent; then one run completes what they left."""
+    """Each time every row is the teacher's or absent; then one run completes what they left."""
     generator = np.random.default_rng(0)
     cache, there = formula_cache(tmp_path / "cache"), []
-    for seed in range(40):
-        child = multiprocessing.get_context("fork").Process(target=fill, args=(tmp_path / "cache", seed))
-        child.start()
-        time.sleep(generator.uniform(0.002, 0.03))
-        os.kill(child.pid, signal.SIGKILL)
-        child.join()
-        worst, rows_there = disagreement(cache)
-        assert worst < 2e-3
-        there.append(rows_there)
-        if rows_there == (VIEWS + 1) * SAMPLES:
-            cache.logits.checksums[:] = 0  # start again
+    for seed in range(20):
+        cache.logits.checksums[:] = 0
+        cache.logits.values[:] = 0
+        writer = process(tmp_path / "cache", seed)
+        writer.start()
+        enough = int(generator.integers(0, 8)) * 64
+        while cache.filled <= enough:
+            assert writer.is_alive()
+        time.sleep(generator.uniform(0, 0.002))
+        os.kill(writer.pid, signal.SIGKILL)
+        writer.join()
+        there.append(kept_and_right(cache, 0.0))
     assert len(set(there)) > 5
-    assert disagreement(fill(tmp_path / "cache", 99))[1] == (VIEWS + 1) * SAMPLES
+    last = fill(tmp_path / "cache", 99)
+    assert (last.hits, last.misses) == (there[-1], ALL - there[-1])
+    assert kept_and_right(cache, 0.0) == ALL
 
 
 def test_two_writers_share_one_cache(tmp_path):
     """They answer a little differently, as two batches of one sample do: a row is one of the two, or absent."""
-    writers = [
-        multiprocessing.get_context("fork").Process(target=fill, args=(tmp_path / "cache", seed, noise, 5))
-        for seed, noise in ((0, 0.0), (1, 0.25))
-    ]
+    writers = [process(tmp_path / "cache", seed, noise) for seed, noise in ((0, 0.0), (1, 0.25))]
+    cache = formula_cache(tmp_path / "cache")
     for writer in writers:
         writer.start()
-    cache = formula_cache(tmp_path / "cache")
     while any(writer.is_alive() for writer in writers):
-        kept, known = table(cache, 1)
-        off = kept[known] - cache.teacher.answers(torch.arange(SAMPLES), torch.ones(SAMPLES)).numpy()[known]
-        assert np.minimum(np.abs(off).max(1, initial=0), np.abs(off - 0.25).max(1, initial=0)).max(initial=0) < 3e-3
+        kept_and_right(cache, 0.0, 0.25)
     for writer in writers:
         writer.join()
         assert writer.exitcode == 0
-    assert disagreement(cache)[1] > 0.9 * (VIEWS + 1) * SAMPLES
+    assert kept_and_right(cache, 0.0, 0.25) > 0.9 * ALL
