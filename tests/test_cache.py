@@ -298,8 +298,8 @@ def test_the_manifest_keeps_the_teachers_score(tmp_path):
 
 
 @pytest.mark.parametrize("layers", ["last", "all"])
-def test_influence_reads_the_training_set_alone(tmp_path, layers):
-    """The held-out samples have numbers of the training set, and are not taken for them."""
+def test_influence_is_what_it_is_without_the_cache(tmp_path, layers):
+    """Its un-augmented pass over the training set reads the cache, also within a derivative."""
     held_out = rows("cifar", 8, seed=9)
     runs = [
         cached(

@@ -283,6 +283,27 @@ def averages(folder) -> dict:
     }
 
 
+def cached(folder) -> dict:
+    """One cache that all processes fill, and then read; the second run has no answer to wait for."""
+    results = {}
+    for name in ("first", "second"):
+        student = tiny("bert")
+        trainer = make_trainer(
+            Path(folder, name),
+            student,
+            tiny_teacher("bert"),
+            KD(),
+            rows("bert"),
+            max_steps=4,
+            teacher_cache=str(folder / "cache"),
+            teacher_cache_dtype="float32",
+            **share(),
+        )
+        trainer.train()
+        results[name] = {"weights": weights(student), "hits": trainer.cache.hits, "misses": trainer.cache.misses}
+    return {**results, "filled": trainer.cache.filled}
+
+
 def fully_sharded(folder) -> dict:
     """An engine that is asked for and not active; the last scenario, because it leaves its wish in the environment."""
     try:
@@ -325,6 +346,7 @@ SCENARIOS = {
     "resume": resume,
     "term_logs": term_logs,
     "averages": averages,
+    "cached": cached,
     "fully_sharded": fully_sharded,
 }
 
