@@ -13,6 +13,8 @@ from torch import nn
 from torch.utils.data import Dataset, IterableDataset, Subset
 from transformers import PretrainedConfig, TrainingArguments
 
+from hfkd.data import ImageDataset
+from hfkd.data.task_data import TEACHER_COLUMNS
 from hfkd.distillers.base import IGNORE_INDEX, Distiller
 from hfkd.labels import align_labels, head_looks_new, named_labels
 from hfkd.teacher import TeacherEnsemble
@@ -160,6 +162,50 @@ def check_ensemble(ensemble: TeacherEnsemble, problem_type: str, distiller: Dist
             "teachers of numbers have no probabilities to average, nor a cross-entropy: pass "
             'teacher_model=TeacherEnsemble([...], average="logits")'
         )
+
+
+def teacher_column(dataset: Dataset | None, config: PretrainedConfig) -> str | None:
+    """The column of a training set that holds a teacher's answers, after a look at them; None where there is none.
+
+    Raises:
+        ValueError: If there are two, or the answers do not fit the student's classes.
+    """
+    inner = innermost(dataset)
+    if inner is None or isinstance(inner, IterableDataset):
+        return None
+    columns = getattr(inner, "column_names", None)
+    found = [name for name in TEACHER_COLUMNS if name in (columns if isinstance(columns, list) else list(inner[0]))]
+    if len(found) > 1:
+        raise ValueError(f"the training set has {' and '.join(found)}: drop one, the student learns from the other")
+    if not found:
+        return None
+    (name,) = found
+    if isinstance(inner, datasets.Dataset):
+        answers = inner.with_format("numpy")[name][:]
+    else:
+        answers = inner.answers[name] if isinstance(inner, ImageDataset) else [row[name] for row in inner]
+    try:
+        answers = np.stack([np.asarray(answer, dtype=np.float64).reshape(-1) for answer in answers])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must hold {config.num_labels} numbers for every sample: {error}") from error
+    if answers.shape[1] != config.num_labels:
+        raise ValueError(
+            f"{name} has {answers.shape[1]} numbers a sample, and the student {config.num_labels} classes: give one "
+            "for each class, in the student's order"
+        )
+    wrong = ~np.isfinite(answers).all(1)
+    if name == "teacher_probabilities":
+        if config.num_labels == 1:
+            raise ValueError("regression has no probabilities: name the column teacher_logits")
+        wrong |= (answers < 0).any(1) | (np.abs(answers.sum(1) - 1) > 0.01)
+    if wrong.any():
+        remedy = "" if name == "teacher_logits" else ", or call them teacher_logits if that is what they are"
+        row = int(np.flatnonzero(wrong)[0])
+        raise ValueError(
+            f"{name} of row {row} is {answers[row].round(3).tolist()[:5]} (and {wrong.sum() - 1} more are wrong): it "
+            f"takes finite numbers, and of probabilities that they add up to 1{remedy}. Drop rows without an answer"
+        )
+    return name
 
 
 def check_cache(args: TrainingArguments, dataset: Dataset | None, distiller: Distiller, teacher: nn.Module) -> None:

@@ -12,7 +12,7 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
-from hfkd.teacher import TeacherEnsemble
+from hfkd.teacher import ColumnTeacher, TeacherEnsemble
 
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class DistillationContext:
         return self._trainer.model
 
     @property
-    def teacher(self) -> Teacher | Teachers | TeacherCache | None:
+    def teacher(self) -> Teacher | Teachers | ColumnTeacher | TeacherCache | None:
         """Where teacher outputs come from: call it with a batch. None without a frozen teacher."""
         return self._trainer.teacher if self._trainer.cache is None else self._trainer.cache
 
@@ -42,8 +42,13 @@ class DistillationContext:
         """The teacher's weights, frozen or trained, where a model is the source.
 
         Raises:
-            ValueError: If several models are, which have no layers in common.
+            ValueError: If several models are, which have no layers in common, or a column of the data.
         """
+        if isinstance(self._trainer.teacher, ColumnTeacher):
+            raise ValueError(
+                f"{type(self._trainer.distiller).__name__} looks inside its teacher, and a column holds only what it "
+                "said: pass teacher_model=, or choose a method of logits such as KD()"
+            )
         if isinstance(self._trainer.teacher_model, TeacherEnsemble):
             raise ValueError(
                 f"{type(self._trainer.distiller).__name__} looks inside its teacher, and an ensemble has only logits: "

@@ -154,6 +154,35 @@ class Teacher:
         return replace(outputs, logits=outputs.logits[:, self.label_order])
 
 
+class ColumnTeacher:
+    """Answers that are a column of the training set, bought once from a model that is not here.
+
+    Args:
+        column: ``"teacher_logits"``, or ``"teacher_probabilities"``, whose logarithms stand for the logits: the same
+            up to a number for each sample, which no softmax sees.
+    """
+
+    def __init__(self, column: str):
+        self.column = column
+
+    def __call__(self, batch: Mapping[str, Tensor]) -> ModelOutputs:
+        """The answers to a batch that holds them.
+
+        Raises:
+            ValueError: If it does not.
+        """
+        if self.column not in batch:
+            raise ValueError(
+                f"the batch has no {self.column}, only {', '.join(batch)}: let the data collator keep the column "
+                "(hfkd.data.DistillationCollator does)"
+            )
+        answers = batch[self.column]
+        answers = answers.reshape(len(answers), -1).float()
+        if self.column == "teacher_probabilities":
+            answers = answers.clamp(min=torch.finfo(answers.dtype).tiny).log()
+        return ModelOutputs(answers)
+
+
 class Teachers:
     """The frozen members of an ensemble, asked at every step for one answer; without features.
 

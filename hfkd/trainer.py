@@ -27,6 +27,7 @@ from hfkd.checks import (
     dataset_labels,
     innermost,
     problem_type_of,
+    teacher_column,
 )
 from hfkd.context import DistillationContext
 from hfkd.data import DistillationCollator
@@ -35,7 +36,7 @@ from hfkd.distillers.base import IGNORE_INDEX, HardLabelLoss, autocast_off, weig
 from hfkd.features import base_model, detached, find_module, in_float32, input_names, run_model, use_channels_last
 from hfkd.labels import named_labels
 from hfkd.modelcard import write_model_card
-from hfkd.teacher import Teacher, TeacherEnsemble, Teachers, members_of
+from hfkd.teacher import ColumnTeacher, Teacher, TeacherEnsemble, Teachers, members_of
 from hfkd.training_args import DistillationTrainingArguments
 
 
@@ -140,7 +141,8 @@ class DistillationTrainer(Trainer):
         model: The student.
         teacher_model: A frozen classifier over the same classes, or several: a list is a
             :class:`~hfkd.TeacherEnsemble` with its defaults. None trains the student alone, unless the distiller
-            brings a teacher of its own.
+            brings a teacher of its own, or is given and the training set has a column ``teacher_logits`` or
+            ``teacher_probabilities``: the answers of a teacher that is not here, in the student's order of classes.
         distiller: The method; with a teacher :class:`~hfkd.distillers.KD` by default.
         args: Training arguments.
         data_collator: By default :class:`~hfkd.data.DistillationCollator`, which also pads ``teacher_…`` columns.
@@ -272,8 +274,17 @@ class DistillationTrainer(Trainer):
         self.teacher = self.cache = None
         self._saves_teacher = made is not None or distiller.trains_teacher
         if self.teacher_model is None:
-            if distiller.needs_teacher:
-                raise ValueError(f"{method} needs a teacher: pass teacher_model=")
+            if not distiller.needs_teacher:
+                return
+            column = None if distiller.trains_teacher else teacher_column(self.train_dataset, self.model.config)
+            if column is None:
+                raise ValueError(
+                    f"{method} needs a teacher: pass teacher_model=, or its answers as a column teacher_logits or "
+                    "teacher_probabilities of the training set"
+                )
+            if getattr(innermost(self.train_dataset), "soft_labels", False):
+                raise ValueError(f"{column} are about whole samples, and Mixup and CutMix mix them: turn them off")
+            self.teacher = ColumnTeacher(column)
             return
         unlike = made is None or distiller.trains_teacher  # a peer may be the user's own
         members = {"the teacher": self.teacher_model}
@@ -430,6 +441,8 @@ class DistillationTrainer(Trainer):
             names = [*input_names(self.model), *self.distiller.batch_columns, "index", "view", "sample_weight"]
             if self.teacher_model is not None:
                 names += self._teacher_columns()
+            if isinstance(self.teacher, ColumnTeacher):
+                names.append(self.teacher.column)
             self._signature_columns = list(dict.fromkeys([*self._signature_columns, *names]))
 
     def _teacher_columns(self) -> list[str]:
@@ -516,7 +529,10 @@ class DistillationTrainer(Trainer):
     def _report_teacher(self) -> None:
         if self.label_scale != 1:
             self.log({"label_scale": self.label_scale})
-        if self.teacher is not None and not self._saves_teacher and self.eval_dataset is not None:
+        if isinstance(self.teacher, ColumnTeacher):  # which says nothing about the evaluation set
+            score = self.evaluate_teacher(self.train_dataset, max_samples=1000)
+            self.log({f"teacher_train_{name}": value for name, value in score.items()})
+        elif self.teacher is not None and not self._saves_teacher and self.eval_dataset is not None:
             score = self.evaluate_teacher(max_samples=1000)
             self.log({f"teacher_{name}": value for name, value in score.items()})
             if self.cache is not None and self.is_world_process_zero():

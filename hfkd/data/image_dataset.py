@@ -19,7 +19,7 @@ from transformers import BaseImageProcessor
 from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
 
 from hfkd.data.draws import batch_draw, kept_global_state, sample_draws, seed_global, splitmix
-from hfkd.data.task_data import UNLABELLED
+from hfkd.data.task_data import TEACHER_COLUMNS, UNLABELLED
 
 
 AUGMENTATIONS = (None, "flip", "crop", "crop_flip")
@@ -53,7 +53,8 @@ class ImageDataset(Dataset):
     of those for any greater V.
 
     Args:
-        split: With the columns ``image``, ``label`` and ``index``.
+        split: With the columns ``image``, ``label`` and ``index``, and perhaps a teacher's answers as
+            ``teacher_logits`` or ``teacher_probabilities``, which are handed on.
         processor: The student's.
         teacher_processor: The teacher's; None if it is the same.
         augment: ``"flip"``, ``"crop"``, ``"crop_flip"``, or None for evaluation.
@@ -92,6 +93,8 @@ class ImageDataset(Dataset):
         self.split = split.select_columns("image")
         columns = split.select_columns(["label", "index"])[:]
         self.labels, self.index = (np.array(columns[name], dtype=np.int64) for name in ("label", "index"))
+        answers = [name for name in TEACHER_COLUMNS if name in split.column_names]
+        self.answers = {name: np.array(split[name][:], dtype=np.float32) for name in answers}
         if num_labels is not None:
             known = self.labels[self.labels != UNLABELLED]
             if len(known) and not 0 <= known.min() <= known.max() < num_labels:
@@ -164,7 +167,7 @@ class ImageDataset(Dataset):
     @property
     def column_names(self) -> list[str]:
         """What a batch holds."""
-        return [*self.views, "labels", "index", *([] if self.number_of_views is None else ["view"])]
+        return [*self.views, "labels", "index", *self.answers, *([] if self.number_of_views is None else ["view"])]
 
     @property
     def is_augmented(self) -> bool:
@@ -243,6 +246,7 @@ class ImageDataset(Dataset):
         rows = np.asarray(rows)
         draws = sample_draws(self.seed, int(self._epoch), self.index[rows])
         columns = {"labels": torch.from_numpy(self.labels[rows]), "index": torch.from_numpy(self.index[rows])}
+        columns.update((name, torch.from_numpy(answer[rows])) for name, answer in self.answers.items())
         if self.number_of_views is not None:
             view = draws % np.uint64(self.number_of_views) + np.uint64(1)
             if self._shown_view is not None:
