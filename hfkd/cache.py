@@ -30,6 +30,7 @@ MANIFEST = "manifest.json"
 _FORMAT = 1
 _ABSENT = 0  # the checksum of a row that nobody wrote
 _CHUNK = 1024
+_LOGITS = ""  # a path of no layer
 # Of a configuration: what says nothing about the outputs, or changes when a model is saved and loaded.
 _BOOKKEEPING = "_name_or_path architectures auto_map dtype id2label label2id problem_type transformers_version".split()
 
@@ -106,10 +107,12 @@ class TeacherCache:
         folder: Where it is kept; None is a folder of its own under :func:`default_root`, chosen by the identity.
         views: Views besides the un-augmented one.
         classes: Logits a sample.
+        features: Layers of the teacher whose outputs are kept too, each a vector a sample, with its length. A cache
+            that was filled without asks the teacher again.
 
     Attributes:
-        hits: Answers that were read.
-        misses: Answers that the teacher gave.
+        hits: Samples whose answers were read.
+        misses: Samples about which the teacher was asked.
 
     Raises:
         ValueError: If the folder holds another cache; the message names the difference.
@@ -124,6 +127,7 @@ class TeacherCache:
         classes: int,
         folder: str | Path | None = None,
         views: int = 0,
+        features: Mapping[str, int] | None = None,
     ):
         self.teacher, self.views, self.precision = teacher, views, identity["precision"]
         self.index = np.sort(np.asarray(index, dtype=np.int64))
@@ -141,33 +145,45 @@ class TeacherCache:
         with self._locked():
             self._check_manifest()
             self.logits = _Rows(self.folder / "logits", rows, classes, identity["dtype"])
+            self.features = {
+                layer: _Rows(self.folder / f"features.{layer.replace(':', '.')}", rows, width, identity["dtype"])
+                for layer, width in (features or {}).items()
+            }
         self.hits = self.misses = 0
 
     @property
     def filled(self) -> int:
         """How many rows somebody wrote, of those that this run may ask for."""
-        return int((self.logits.checksums != _ABSENT).sum())
+        there = [array.checksums != _ABSENT for array in (self.logits, *self.features.values())]
+        return int(np.logical_and.reduce(there).sum())
 
     @torch.no_grad()
     def __call__(self, batch: Mapping[str, Tensor]) -> ModelOutputs:
         """The teacher's answers to a batch, without gradient.
 
         Raises:
-            ValueError: If a sample or a view is not one of the cache's, or a logit does not fit its dtype.
+            ValueError: If a sample or a view is not one of the cache's, or an answer does not fit its dtype.
         """
         if "view" not in batch or self.teacher.precision != self.precision:
             return self.teacher(batch)
+        device = batch["index"].device
         positions = self._positions(batch["index"], batch["view"])
-        logits, known = self.logits.read(positions)
+        read = {layer: array.read(positions) for layer, array in self._arrays()}
+        known = np.logical_and.reduce([whole for _, whole in read.values()])
         missing = np.flatnonzero(~known)
         self.hits += len(known) - len(missing)
         self.misses += len(missing)
         if len(missing):
             if len(missing) < len(known):
-                rows = torch.from_numpy(missing).to(batch["index"].device)
+                rows = torch.from_numpy(missing).to(device)
                 batch = {name: column[rows] for name, column in batch.items()}
-            logits[missing] = self._ask(batch, positions[missing])
-        return ModelOutputs(torch.from_numpy(logits).to(batch["index"].device))
+            for layer, values in self._ask(batch, positions[missing]).items():
+                read[layer][0][missing] = values
+        tensors = {layer: torch.from_numpy(values).to(device) for layer, (values, _) in read.items()}
+        return ModelOutputs(tensors.pop(_LOGITS), features=tensors)
+
+    def _arrays(self) -> list[tuple[str, _Rows]]:
+        return [(_LOGITS, self.logits), *self.features.items()]
 
     def _positions(self, index: Tensor, view: Tensor) -> np.ndarray:
         index, view = index.cpu().numpy(), view.cpu().numpy()
@@ -182,18 +198,21 @@ class TeacherCache:
             raise ValueError(f"the teacher's cache has views 0 to {self.views}, and the batch {view.max()}")
         return view.astype(np.int64) * len(self.index) + rows
 
-    def _ask(self, batch: Mapping[str, Tensor], positions: np.ndarray) -> np.ndarray:
+    def _ask(self, batch: Mapping[str, Tensor], positions: np.ndarray) -> dict[str, np.ndarray]:
         """The teacher's answers as they are kept, after they are."""
-        answers = in_float32(self.teacher(batch)).logits.cpu().numpy()
-        with np.errstate(over="ignore"):
-            logits = answers.astype(self.logits.values.dtype)
-        if (np.isinf(logits) & np.isfinite(answers)).any():
-            raise ValueError(
-                f"a logit of the teacher is {np.abs(answers).max():.3g}, beyond {logits.dtype}: pass "
-                'teacher_cache_dtype="float32"'
-            )
-        self.logits.write(positions, logits)
-        return logits
+        outputs = in_float32(self.teacher(batch))
+        kept = {}
+        for layer, array in self._arrays():
+            answers = (outputs.logits if layer == _LOGITS else outputs.features[layer]).cpu().numpy()
+            with np.errstate(over="ignore"):
+                kept[layer] = answers.astype(array.values.dtype)
+            if (np.isinf(kept[layer]) & np.isfinite(answers)).any():
+                raise ValueError(
+                    f"of the teacher's {layer or 'logits'} one is {np.abs(answers).max():.3g}, beyond "
+                    f'{array.values.dtype}: pass teacher_cache_dtype="float32"'
+                )
+            array.write(positions, kept[layer])
+        return kept
 
     def note_score(self, score: Mapping[str, float]) -> None:
         """Keep the teacher's score in the manifest."""

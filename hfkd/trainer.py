@@ -33,7 +33,16 @@ from hfkd.context import DistillationContext
 from hfkd.data import DistillationCollator
 from hfkd.distillers import KD, Distiller, ModelOutputs, StudentAlone
 from hfkd.distillers.base import IGNORE_INDEX, HardLabelLoss, autocast_off, weighted_mean
-from hfkd.features import base_model, detached, find_module, in_float32, input_names, run_model, use_channels_last
+from hfkd.features import (
+    base_model,
+    detached,
+    find_module,
+    in_float32,
+    input_names,
+    probe,
+    run_model,
+    use_channels_last,
+)
 from hfkd.labels import named_labels
 from hfkd.modelcard import write_model_card
 from hfkd.teacher import ColumnTeacher, Teacher, TeacherEnsemble, Teachers, members_of
@@ -348,7 +357,7 @@ class DistillationTrainer(Trainer):
             raise ValueError(
                 f"the teacher of {type(self.distiller).__name__} changes as it trains: leave out teacher_cache"
             )
-        check_cache(self.args, self.train_dataset, self.distiller, self.teacher_model)
+        check_cache(self.args, self.train_dataset, self.teacher_model)
         with self.compute_loss_context_manager():
             precision = self.teacher.precision
         members = self.teacher.members if isinstance(self.teacher, Teachers) else [self.teacher]
@@ -369,7 +378,21 @@ class DistillationTrainer(Trainer):
             classes=self.model.config.num_labels,
             folder=None if self.args.teacher_cache is True else self.args.teacher_cache,
             views=getattr(innermost(self.train_dataset), "number_of_views", None) or 0,
+            features=self._cached_features(),
         )
+
+    def _cached_features(self) -> dict[str, int]:
+        """The teacher's layers that the method looks at, and how long their vectors are."""
+        layers = self.distiller.teacher_layers
+        features = probe(self.teacher_model, self.context.sample(), layers, prefix="teacher_") if layers else {}
+        for layer, feature in features.items():
+            if feature.ndim != 2:
+                raise ValueError(
+                    f"{type(self.distiller).__name__} looks at {layer!r} of its teacher, which gives "
+                    f"{tuple(feature.shape)}, and the cache keeps logits and vectors (B, D) alone: choose a method of "
+                    "those, or leave out teacher_cache"
+                )
+        return {layer: feature.shape[1] for layer, feature in features.items()}
 
     def _eval_datasets(self) -> dict[str, Dataset]:
         if self.eval_dataset is None:

@@ -32,7 +32,7 @@ from hfkd import DistillationTrainingArguments, TeacherEnsemble
 from hfkd.cache import MANIFEST, TeacherCache
 from hfkd.checks import check_cache
 from hfkd.data import ImageDataset
-from hfkd.distillers import AT, KD, KDAIF, TTM, ModelOutputs, SelfDistillation
+from hfkd.distillers import AT, CRD, KD, KDAIF, PKT, TTM, Combined, InContextKD, ModelOutputs, SelfDistillation
 
 
 NAMES = ["cat", "dog", "owl", "fox", "bee"]
@@ -226,7 +226,10 @@ def duplicated():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"family": "cifar", "distiller": AT()}, "AT looks inside its teacher, and the cache keeps logits alone"),
+        (
+            {"family": "cifar", "distiller": AT()},
+            r"AT looks at 'layer1' of its teacher, which gives \(2, 16, 16, 16\), and the",
+        ),
         (
             {"teacher": tiny_teacher("bert", seed=3), "distiller": Mutual()},
             "the teacher of Mutual changes as it trains",
@@ -256,7 +259,7 @@ def test_a_made_teacher_is_refused(tmp_path):
 def test_a_folder_that_a_push_would_upload_is_refused(tmp_path):
     def check(folder, push):
         args = DistillationTrainingArguments(str(tmp_path / "run"), push_to_hub=push, teacher_cache=str(folder))
-        check_cache(args, rows("bert"), KD(), tiny_teacher("bert"))
+        check_cache(args, rows("bert"), tiny_teacher("bert"))
 
     with pytest.raises(ValueError, match="a push uploads all of .*: put teacher_cache= elsewhere"):
         check(tmp_path / "run" / "checkpoint-3" / ".." / "cache", True)
@@ -267,7 +270,7 @@ def test_a_folder_that_a_push_would_upload_is_refused(tmp_path):
 def test_logits_beyond_the_dtype_are_refused(tmp_path):
     teacher = tiny_teacher("bert")
     teacher.classifier.bias.data[2] = 1e6
-    with pytest.raises(ValueError, match='is 1e[+]06, beyond float16: pass teacher_cache_dtype="float32"'):
+    with pytest.raises(ValueError, match='logits one is 1e[+]06, beyond float16: pass teacher_cache_dtype="float32"'):
         cached(tmp_path, teacher=teacher).train()
     cached(tmp_path, teacher=teacher, teacher_cache_dtype="float32").train()
 
@@ -446,6 +449,46 @@ def test_other_images_are_refused(tmp_path, change, message):
         dataset = images(**{**usual, **change})
     with pytest.raises(ValueError, match=f"another one: {message}"):
         cached(tmp_path, "cifar", dataset=dataset, teacher_cache=folder)
+
+
+# Features
+
+
+def test_vectors_of_a_layer_are_kept_too(tmp_path):
+    """A bank, whose fill is an un-augmented pass, and a method that compares features at every step."""
+
+    def run(distiller, cache):
+        dataset = images(16, augment="crop_flip", views=2)
+        trainer = cached(
+            tmp_path,
+            "cifar",
+            None,
+            distiller,
+            dataset,
+            max_steps=6,
+            teacher_cache=cache,
+            teacher_cache_dtype="float32",
+        )
+        trainer.train()
+        return trainer
+
+    logits_alone = run(KD(), True)
+    assert logits_alone.cache.filled > 16
+    methods = (
+        lambda: InContextKD(neighbours=2, negatives=4),
+        lambda: CRD(embedding_size=4, negatives=6),
+        lambda: Combined({"kd": KD(), "pkt": PKT(teacher_layers="linear:input")}, task_from="kd"),
+    )
+    misses = []
+    for method in methods:
+        online, kept = run(method(), None), run(method(), True)
+        one, other = (weights(trainer.model, trainer.distiller) for trainer in (online, kept))
+        assert one.keys() == other.keys()
+        for name, tensor in one.items():
+            torch.testing.assert_close(tensor, other[name], rtol=1e-3, atol=1e-4, msg=name)
+        misses.append(counts(kept)[1])
+    assert misses[0] > 16  # asked again, since logits were kept alone
+    assert misses[1:] == [0, 0]
 
 
 # What may happen to the files
