@@ -157,6 +157,18 @@ class TeacherCache:
         there = [array.checksums != _ABSENT for array in (self.logits, *self.features.values())]
         return int(np.logical_and.reduce(there).sum())
 
+    @property
+    def bytes(self) -> int:
+        """What it takes on the disk."""
+        return sum(path.stat().st_blocks * 512 for path in self.folder.iterdir())
+
+    def missing(self, view: int) -> np.ndarray:
+        """The ``index`` of the samples that have no answer in a view."""
+        rows = np.arange(len(self.index)) + view * len(self.index)
+        parts = np.split(rows, range(_CHUNK, len(rows), _CHUNK))
+        known = [np.logical_and.reduce([array.read(part)[1] for _, array in self._arrays()]) for part in parts]
+        return self.index[~np.concatenate(known)]
+
     @torch.no_grad()
     def __call__(self, batch: Mapping[str, Tensor]) -> ModelOutputs:
         """The teacher's answers to a batch, without gradient.

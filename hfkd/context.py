@@ -129,12 +129,12 @@ class DistillationContext:
         plain = self._plain(dataset)
         accelerator = self._trainer.accelerator
         share = range(accelerator.process_index, len(plain), self.processes)
-        for batch in self._loader(Subset(plain, share), self._trainer.args.eval_batch_size):
+        for batch in self.loader(Subset(plain, share), self._trainer.args.eval_batch_size):
             yield self._prepared(batch, dataset)
 
     def take(self, dataset: Dataset, rows: Sequence[int]) -> dict[str, Tensor]:
         """Some rows of a dataset as one batch, un-augmented, collated as in training and on the device."""
-        return self._prepared(next(iter(self._loader(Subset(self._plain(dataset), rows), len(rows)))), dataset)
+        return self._prepared(next(iter(self.loader(Subset(self._plain(dataset), rows), len(rows)))), dataset)
 
     def sample(self, size: int = 2) -> dict[str, Tensor]:
         """The first training samples: un-augmented and collated as in training: enough to learn shapes in ``setup``.
@@ -147,7 +147,7 @@ class DistillationContext:
         plain = self._plain(self.train_dataset)
         if not isinstance(plain, IterableDataset):
             plain = Subset(plain, range(min(size, len(plain))))
-        return self._trainer._prepare_inputs(next(iter(self._loader(plain, size))))
+        return self._trainer._prepare_inputs(next(iter(self.loader(plain, size))))
 
     def align_buffers(self, model: nn.Module) -> None:
         """Give a model's buffers the values of the first process, as DDP will do at the next forward.
@@ -167,7 +167,8 @@ class DistillationContext:
     def _plain(self, dataset: Dataset) -> Dataset:
         return getattr(dataset, "without_augmentation", lambda: dataset)()
 
-    def _loader(self, dataset: Dataset, batch_size: int) -> DataLoader:
+    def loader(self, dataset: Dataset, batch_size: int) -> DataLoader:
+        """All rows of a dataset, in order, collated as in training, on no device yet."""
         # Not one of Accelerate's: those repeat rows, and keep hold of a loader that is left half-way.
         collate = self._trainer._get_collator_with_removed_columns(self._trainer.data_collator)
         # With a generator of its own, or it would draw a seed from the one that training uses.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -371,6 +373,7 @@ class DistillationTrainer(Trainer):
             label_names=named_labels(self.model.config),
             label_orders=label_orders,
         )
+        self._train_index = index
         self.cache = TeacherCache(
             self.teacher,
             index,
@@ -614,6 +617,39 @@ class DistillationTrainer(Trainer):
             return {"mse": float(((predictions.squeeze(-1) - labels)[known] ** 2).mean())}
         return {"accuracy": float((predictions.argmax(-1) == labels)[known].mean())}
 
+    def warm_teacher_cache(self) -> dict[str, float]:
+        """Ask the teacher about every training sample, in every view, that its cache has no answer to.
+
+        Each process takes its share. Interrupted, the next call goes on where this one was.
+
+        Returns:
+            ``answers`` that this process asked for, ``seconds``, and the ``bytes`` of the cache.
+
+        Raises:
+            ValueError: If there is no cache.
+        """
+        if self.cache is None:
+            raise ValueError("there is no teacher's cache to fill: pass a teacher, and teacher_cache=True")
+        start, asked = time.perf_counter(), self.cache.misses
+        views = range(1, self.cache.views + 1) if self.cache.views else (0,)
+        # Whatever other processes fill meanwhile, these rows are this one's.
+        own = np.arange(self.accelerator.process_index, len(self._train_index), self.accelerator.num_processes)
+        hidden = self.args.disable_tqdm or not self.is_world_process_zero()
+        with (
+            self.compute_loss_context_manager(),
+            tqdm(total=len(views) * len(own), desc="Teacher's cache", unit=" answers", disable=hidden) as bar,
+        ):
+            for view in views:
+                rows = own[np.isin(self._train_index[own], self.cache.missing(view))]
+                bar.update(len(own) - len(rows))
+                dataset = Subset(at_view(self.train_dataset, view), rows.tolist())
+                for batch in self.context.loader(dataset, self.args.eval_batch_size):
+                    self.cache(self._with_view(self._prepare_inputs(batch)))
+                    bar.update(len(batch["index"]))
+        self.accelerator.wait_for_everyone()
+        seconds = time.perf_counter() - start
+        return {"answers": self.cache.misses - asked, "seconds": round(seconds, 1), "bytes": self.cache.bytes}
+
     # Saving and resuming
 
     def _save(self, output_dir=None, state_dict=None):
@@ -675,6 +711,13 @@ class DistillationTrainer(Trainer):
     def create_model_card(self, *args, **kwargs):
         if self.is_world_process_zero():
             write_model_card(self, *args, **kwargs)
+
+
+def at_view(dataset: Dataset, view: int) -> Dataset:
+    """A data set of numbered views with all samples in one of them; any other as it is."""
+    if isinstance(dataset, Subset):
+        return Subset(at_view(dataset.dataset, view), dataset.indices)
+    return dataset.only_view(view) if view else dataset
 
 
 def load_weights(model: PreTrainedModel, folder: str) -> None:

@@ -451,6 +451,35 @@ def test_other_images_are_refused(tmp_path, change, message):
         cached(tmp_path, "cifar", dataset=dataset, teacher_cache=folder)
 
 
+# Filled ahead
+
+
+@pytest.mark.parametrize("views", [None, 3])
+def test_a_cache_filled_ahead_leaves_nothing_to_ask(tmp_path, views):
+    def run(**arguments):
+        dataset = images(augment="crop_flip" if views else None, views=views)
+        return cached(tmp_path, "cifar", dataset=dataset, per_device_eval_batch_size=3, **arguments)
+
+    answers = 8 * (views or 1)
+    run(max_steps=1).train()
+    warm = run()
+    assert warm.cache.filled == 8
+    done = warm.warm_teacher_cache()
+    assert (done["answers"], done["bytes"]) == (answers - 8, warm.cache.bytes)
+    assert warm.cache.bytes >= answers * (2 * NUM_LABELS + 4)
+    assert run().warm_teacher_cache()["answers"] == 0
+    warm.cache.logits.values[warm.cache.logits.checksums != 0] += 1  # all are damaged
+    assert run().warm_teacher_cache()["answers"] == answers
+    trainer = run(max_steps=4)
+    trainer.train()
+    assert counts(trainer) == (32, 0)
+
+
+def test_without_a_cache_there_is_nothing_to_fill(tmp_path):
+    with pytest.raises(ValueError, match="no teacher's cache to fill: pass a teacher, and teacher_cache=True"):
+        cached(tmp_path, teacher_cache=None).warm_teacher_cache()
+
+
 # Features
 
 

@@ -107,7 +107,8 @@ def test_processes_fill_and_read_one_cache(two_processes, one_process):
         assert largest_difference(ranks[0][run]["weights"], expected[run]["weights"]) <= 1e-6
     assert sum(rank["first"]["misses"] for rank in ranks) == 16
     assert [(rank["second"]["hits"], rank["second"]["misses"]) for rank in ranks] == [(16, 0), (16, 0)]
-    assert [rank["filled"] for rank in ranks] == [16, 16]
+    assert [rank["second"]["filled"] for rank in ranks] == [16, 16]
+    assert [rank["warm"] for rank in ranks] == [(7, 13), (6, 13)]
 
 
 def test_terms_are_averaged_over_processes(two_processes, one_process):

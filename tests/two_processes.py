@@ -300,8 +300,13 @@ def cached(folder) -> dict:
             **share(),
         )
         trainer.train()
-        results[name] = {"weights": weights(student), "hits": trainer.cache.hits, "misses": trainer.cache.misses}
-    return {**results, "filled": trainer.cache.filled}
+        figures = {name: getattr(trainer.cache, name) for name in ("hits", "misses", "filled")}
+        results[name] = {"weights": weights(student), **figures}
+    dataset = rows("bert", 13)
+    trainer = make_trainer(
+        folder, tiny("bert"), tiny_teacher("bert"), KD(), dataset, teacher_cache=str(folder / "warm"), **share()
+    )
+    return {**results, "warm": (trainer.warm_teacher_cache()["answers"], trainer.cache.filled)}
 
 
 def fully_sharded(folder) -> dict:
