@@ -23,6 +23,7 @@ from hfkd.data.draws import splitmix
 from hfkd.data.image_dataset import ImageDataset
 from hfkd.distillers.base import ModelOutputs
 from hfkd.features import in_float32
+from hfkd.models.loading import stored_tensors
 from hfkd.teacher import Teacher, TeacherEnsemble, Teachers, members_of
 
 
@@ -226,6 +227,11 @@ class TeacherCache:
             array.write(positions, kept[layer])
         return kept
 
+    @property
+    def score(self) -> dict[str, float]:
+        """The teacher's score as the manifest has it; empty before somebody measured it."""
+        return json.loads((self.folder / MANIFEST).read_text()).get("teacher_score", {})
+
     def note_score(self, score: Mapping[str, float]) -> None:
         """Keep the teacher's score in the manifest."""
         with self._locked():
@@ -313,7 +319,8 @@ def _digest_of_model(model: nn.Module) -> str:
     if isinstance(model.config, PretrainedConfig):
         fields = {name: value for name, value in model.config.to_dict().items() if name not in _BOOKKEEPING}
         digest.update(json.dumps(fields, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.state_dict().items()):
+    is_outline = next(model.parameters()).is_meta
+    for name, tensor in stored_tensors(model.name_or_path) if is_outline else sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

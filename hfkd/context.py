@@ -12,7 +12,7 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
-from hfkd.teacher import ColumnTeacher, TeacherEnsemble
+from hfkd.teacher import ColumnTeacher, DeferredTeacher, TeacherEnsemble
 
 
 if TYPE_CHECKING:
@@ -54,6 +54,8 @@ class DistillationContext:
                 f"{type(self._trainer.distiller).__name__} looks inside its teacher, and an ensemble has only logits: "
                 "pass one teacher_model, or choose a method of logits such as KD()"
             )
+        if isinstance(self._trainer.teacher, DeferredTeacher):
+            self._trainer.teacher.materialize()
         return self._trainer.teacher_model
 
     @property

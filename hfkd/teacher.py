@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -120,16 +120,16 @@ class Teacher:
         if dtype not in (None, next(model.parameters()).dtype):
             model = copy.deepcopy(model).to(dtype)  # the caller's stays as it is
         self.model = model.eval().requires_grad_(False).to(device)
-        self.layers, self.dtype = tuple(layers), dtype
+        self.layers, self.dtype, self.device = tuple(layers), dtype, device
         self.label_order = None if label_order is None else torch.tensor(label_order, device=device)
 
     @property
     def precision(self) -> str:
         """In which it would answer here and now: by its own dtype, else the autocast around it, else its weights'."""
-        parameter = next(self.model.parameters())
-        dtype = self.dtype
-        if dtype is None and torch.is_autocast_enabled(parameter.device.type):
-            dtype = torch.get_autocast_dtype(parameter.device.type)
+        parameter, dtype = next(self.model.parameters()), self.dtype
+        device = (self.device or parameter.device).type
+        if dtype is None and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
         return str(dtype or parameter.dtype).removeprefix("torch.")
 
     @torch.no_grad()
@@ -152,6 +152,37 @@ class Teacher:
         if self.label_order is None:
             return outputs
         return replace(outputs, logits=outputs.logits[:, self.label_order])
+
+
+class DeferredTeacher(Teacher):
+    """A teacher whose weights are loaded when somebody needs them: behind a full cache, never.
+
+    Args:
+        outline: The model on the device ``meta``; it becomes the loaded one in place.
+        load: Gives the model.
+        **options: As for :class:`Teacher`.
+    """
+
+    def __init__(self, outline: nn.Module, load: Callable[[], nn.Module], **options):
+        self.model, self.load, self.options = outline, load, options
+        self.layers, self.dtype, self.device = (), options["dtype"], options["device"]
+        self.label_order = None if options["label_order"] is None else torch.tensor(options["label_order"])
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the weights are there."""
+        return not next(self.model.parameters()).is_meta
+
+    def materialize(self) -> None:
+        """Load the weights if they are not there."""
+        if not self.is_loaded:
+            vars(self.model).update(vars(self.load()))
+            super().__init__(self.model, **{**self.options, "layers": self.layers})
+
+    def __call__(self, batch: Mapping[str, Tensor]) -> ModelOutputs:
+        """As :class:`Teacher`'s."""
+        self.materialize()
+        return super().__call__(batch)
 
 
 class ColumnTeacher:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,8 @@ from hfkd.features import (
 )
 from hfkd.labels import named_labels
 from hfkd.modelcard import write_model_card
-from hfkd.teacher import ColumnTeacher, Teacher, TeacherEnsemble, Teachers, members_of
+from hfkd.models.loading import load_model, load_outline
+from hfkd.teacher import ColumnTeacher, DeferredTeacher, Teacher, TeacherEnsemble, Teachers, members_of
 from hfkd.training_args import DistillationTrainingArguments
 
 
@@ -151,7 +153,9 @@ class DistillationTrainer(Trainer):
     Args:
         model: The student.
         teacher_model: A frozen classifier over the same classes, or several: a list is a
-            :class:`~hfkd.TeacherEnsemble` with its defaults. None trains the student alone, unless the distiller
+            :class:`~hfkd.TeacherEnsemble` with its defaults. A name or folder is given to
+            :func:`~hfkd.models.load_model`; a folder's weights are not loaded while ``teacher_cache`` has all the
+            answers. None trains the student alone, unless the distiller
             brings a teacher of its own, or is given and the training set has a column ``teacher_logits`` or
             ``teacher_probabilities``: the answers of a teacher that is not here, in the student's order of classes.
         distiller: The method; with a teacher :class:`~hfkd.distillers.KD` by default.
@@ -177,7 +181,7 @@ class DistillationTrainer(Trainer):
     def __init__(
         self,
         model: PreTrainedModel,
-        teacher_model: nn.Module | Sequence[nn.Module] | None = None,
+        teacher_model: nn.Module | Sequence[nn.Module] | str | os.PathLike | None = None,
         distiller: Distiller | None = None,
         args: DistillationTrainingArguments | None = None,
         data_collator: Callable | None = None,
@@ -197,6 +201,8 @@ class DistillationTrainer(Trainer):
         ):
             if kwargs.pop(name, None) is not None:
                 raise ValueError(f"DistillationTrainer takes no {name}: {remedy}")
+        if isinstance(teacher_model, (str, os.PathLike)):
+            teacher_model = self._teacher_in(teacher_model, model, args)
         if isinstance(teacher_model, (list, tuple)):
             teacher_model = TeacherEnsemble(teacher_model)
         if distiller is None:
@@ -315,14 +321,34 @@ class DistillationTrainer(Trainer):
             return
         dtype = getattr(self.args, "teacher_dtype", None)
         dtype = getattr(torch, dtype) if dtype else None
+        options = {"dtype": dtype, "device": self.args.device}
+        if next(self.teacher_model.parameters()).is_meta:
+            load = partial(self._load_teacher, self.teacher_model.name_or_path, self.model)
+            self.teacher = DeferredTeacher(self.teacher_model, load, label_order=label_orders[0], **options)
+            return
         teachers = [
-            Teacher(member, label_order=order, dtype=dtype, device=self.args.device)
+            Teacher(member, label_order=order, **options)
             for member, order in zip(members.values(), label_orders, strict=True)
         ]
         is_ensemble = isinstance(self.teacher_model, TeacherEnsemble)
         self.teacher = Teachers(self.teacher_model, teachers) if is_ensemble else teachers[0]
         if made is not None:  # the method's to update, whatever its precision
             self.teacher_model = self.teacher.model
+
+    @staticmethod
+    def _task_of(student: nn.Module) -> str:
+        return "text-classification" if "input_ids" in input_names(student) else "image-classification"
+
+    @classmethod
+    def _teacher_in(cls, folder: str | os.PathLike, student: nn.Module, args) -> nn.Module:
+        """The teacher in a folder, without its weights where a cache may make do without them."""
+        is_cached = getattr(args, "teacher_cache", None) and Path(folder).is_dir()
+        outline = load_outline(folder, task=cls._task_of(student)) if is_cached else None
+        return outline if outline is not None else cls._load_teacher(folder, student)
+
+    @classmethod
+    def _load_teacher(cls, folder: str | os.PathLike, student: nn.Module) -> nn.Module:
+        return use_channels_last(load_model(folder, task=cls._task_of(student), refuse_new_head=True))
 
     def _set_up_distiller(self) -> None:
         """Allocate the method's own parameters and put all that trains into one module."""
@@ -387,7 +413,8 @@ class DistillationTrainer(Trainer):
     def _cached_features(self) -> dict[str, int]:
         """The teacher's layers that the method looks at, and how long their vectors are."""
         layers = self.distiller.teacher_layers
-        features = probe(self.teacher_model, self.context.sample(), layers, prefix="teacher_") if layers else {}
+        model = self.context.teacher_model if layers else None
+        features = probe(model, self.context.sample(), layers, prefix="teacher_") if layers else {}
         for layer, feature in features.items():
             if feature.ndim != 2:
                 raise ValueError(
@@ -558,6 +585,8 @@ class DistillationTrainer(Trainer):
         if isinstance(self.teacher, ColumnTeacher):  # which says nothing about the evaluation set
             score = self.evaluate_teacher(self.train_dataset, max_samples=1000)
             self.log({f"teacher_train_{name}": value for name, value in score.items()})
+        elif isinstance(self.teacher, DeferredTeacher) and not self.teacher.is_loaded and self.cache.score:
+            self.log({f"teacher_{name}": value for name, value in self.cache.score.items()})
         elif self.teacher is not None and not self._saves_teacher and self.eval_dataset is not None:
             score = self.evaluate_teacher(max_samples=1000)
             self.log({f"teacher_{name}": value for name, value in score.items()})

@@ -480,6 +480,80 @@ def test_without_a_cache_there_is_nothing_to_fill(tmp_path):
         cached(tmp_path, teacher_cache=None).warm_teacher_cache()
 
 
+# A teacher in a folder
+
+
+def in_folder(tmp_path, family, **options):
+    teacher = tiny_teacher(family, **options)
+    teacher.save_pretrained(tmp_path / "teacher")
+    return teacher, str(tmp_path / "teacher")
+
+
+@pytest.mark.parametrize("family", ["bert", "cifar", "timm"])
+def test_behind_a_full_cache_the_weights_are_never_loaded(tmp_path, family):
+    teacher, folder = in_folder(tmp_path, family)
+    more = {"max_steps": 4, "trainer": {"eval_dataset": rows(family, 8, seed=4)}}
+    given, named = (cached(tmp_path, family, teacher=one, **more) for one in (teacher, folder))
+    assert not named.teacher.is_loaded
+    for trainer in (given, named):
+        trainer.train()
+    assert named.cache.folder == given.cache.folder
+    assert counts(named) == (32, 0)
+    assert not named.teacher.is_loaded
+    assert all(parameter.is_meta for parameter in named.teacher_model.parameters())
+    assert logged(named, "teacher_accuracy") == logged(given, "teacher_accuracy")
+    assert_identical(weights(given.model), weights(named.model))
+
+
+@pytest.mark.parametrize("family", ["bert", "cifar", "timm"])
+def test_the_weights_are_loaded_for_what_is_not_kept(tmp_path, family):
+    teacher, folder = in_folder(tmp_path, family)
+    cached(tmp_path, family, teacher=teacher, max_steps=1).train()
+    trainer = cached(tmp_path, family, teacher=folder, max_steps=2)
+    trainer.train()
+    assert counts(trainer) == (8, 8)
+    assert trainer.teacher.is_loaded
+    assert_identical(weights(teacher), weights(trainer.context.teacher_model))
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(16)])
+    online = make_trainer(tmp_path, tiny(family), teacher, KD(), rows(family)).teacher(batch).logits
+    np.testing.assert_allclose(table(trainer.cache)[0], online.numpy(), rtol=2e-3, atol=2e-3)
+
+
+def test_a_folder_is_a_teacher_without_a_cache_too(tmp_path):
+    teacher, folder = in_folder(tmp_path, "bert")
+    trainer = cached(tmp_path, teacher=folder, teacher_cache=None)
+    assert_identical(weights(teacher), weights(trainer.teacher_model))
+
+
+@pytest.mark.parametrize("family", ["vit", "bert"])
+def test_weights_of_other_names_or_precision_are_loaded_at_once(tmp_path, family):
+    """A ViT's are saved under older names."""
+    teacher, folder = in_folder(tmp_path, family)
+    if family == "bert":
+        teacher.half().save_pretrained(folder)
+    trainer = cached(tmp_path, family, teacher=folder, max_steps=2)
+    assert {(p.dtype, p.is_meta) for p in trainer.teacher_model.parameters()} == {(torch.float32, False)}
+    trainer.train()
+    assert counts(trainer) == (0, 16)
+
+
+def test_another_order_of_classes_in_a_folder(tmp_path):
+    student, order = tiny("bert"), [3, 0, 4, 1, 2]
+    student.config.id2label = {i: NAMES[c] for i, c in enumerate(order)}
+    teacher, folder = in_folder(tmp_path, "bert", id2label=dict(enumerate(NAMES)))
+    trainers = [
+        make_trainer(tmp_path, student, one, KD(), rows("bert"), teacher_cache=True, max_steps=2)
+        for one in (folder, teacher)
+    ]
+    for trainer in trainers:
+        trainer.train()
+    assert [counts(trainer) for trainer in trainers] == [(0, 16), (16, 0)]
+    batch = trainers[1].data_collator([trainers[1].train_dataset[i] for i in range(16)])
+    np.testing.assert_allclose(
+        table(trainers[0].cache)[0], trainers[1].teacher(batch).logits.numpy(), rtol=2e-3, atol=2e-3
+    )
+
+
 # Features
 
 
