@@ -189,7 +189,7 @@ class TeacherCache:
         if len(missing):
             if len(missing) < len(known):
                 rows = torch.from_numpy(missing).to(device)
-                batch = {name: column[rows] for name, column in batch.items()}
+                batch = {name: column[rows] for name, column in batch.items() if isinstance(column, Tensor)}
             for layer, values in self._ask(batch, positions[missing]).items():
                 read[layer][0][missing] = values
         tensors = {layer: torch.from_numpy(values).to(device) for layer, (values, _) in read.items()}

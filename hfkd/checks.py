@@ -239,7 +239,7 @@ def check_cache(args: TrainingArguments, dataset: Dataset | None, teacher: nn.Mo
             "the teacher's answers are kept by the column index, which the training set lacks: add it with "
             f'dataset.add_column("index", list(range(len(dataset)))), {remedy}'
         )
-    if args.push_to_hub and isinstance(args.teacher_cache, str):
+    if isinstance(args.teacher_cache, str):
         folder, output = (Path(path).expanduser().resolve() for path in (args.teacher_cache, args.output_dir))
         if folder.is_relative_to(output):
             raise ValueError(f"a push uploads all of {args.output_dir}: put teacher_cache= elsewhere, {remedy}")

@@ -13,6 +13,7 @@ import datasets
 import numpy as np
 import safetensors.torch
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, Subset
 from tqdm.auto import tqdm
@@ -201,8 +202,6 @@ class DistillationTrainer(Trainer):
         ):
             if kwargs.pop(name, None) is not None:
                 raise ValueError(f"DistillationTrainer takes no {name}: {remedy}")
-        if isinstance(teacher_model, (str, os.PathLike)):
-            teacher_model = self._teacher_in(teacher_model, model, args)
         if isinstance(teacher_model, (list, tuple)):
             teacher_model = TeacherEnsemble(teacher_model)
         if distiller is None:
@@ -210,6 +209,12 @@ class DistillationTrainer(Trainer):
         if not isinstance(distiller, Distiller):
             raise TypeError(f"distiller must be a Distiller, got {type(distiller).__name__}: pass KD(), not its name")
         args = args if args is not None else DistillationTrainingArguments("tmp_trainer")
+        if isinstance(teacher_model, (str, os.PathLike)):
+            may_wait = (
+                not distiller.trains_teacher and getattr(args, "teacher_cache", None) and Path(teacher_model).is_dir()
+            )
+            outline = load_outline(teacher_model, task=self._task_of(model)) if may_wait else None
+            teacher_model = outline if outline is not None else self._load_teacher(teacher_model, model)
         if args.n_gpu > 1:
             raise ValueError(
                 f"{args.n_gpu} GPUs are visible to one process, which transformers would run as nn.DataParallel, "
@@ -338,13 +343,6 @@ class DistillationTrainer(Trainer):
     @staticmethod
     def _task_of(student: nn.Module) -> str:
         return "text-classification" if "input_ids" in input_names(student) else "image-classification"
-
-    @classmethod
-    def _teacher_in(cls, folder: str | os.PathLike, student: nn.Module, args) -> nn.Module:
-        """The teacher in a folder, without its weights where a cache may make do without them."""
-        is_cached = getattr(args, "teacher_cache", None) and Path(folder).is_dir()
-        outline = load_outline(folder, task=cls._task_of(student)) if is_cached else None
-        return outline if outline is not None else cls._load_teacher(folder, student)
 
     @classmethod
     def _load_teacher(cls, folder: str | os.PathLike, student: nn.Module) -> nn.Module:
@@ -585,13 +583,19 @@ class DistillationTrainer(Trainer):
         if isinstance(self.teacher, ColumnTeacher):  # which says nothing about the evaluation set
             score = self.evaluate_teacher(self.train_dataset, max_samples=1000)
             self.log({f"teacher_train_{name}": value for name, value in score.items()})
-        elif isinstance(self.teacher, DeferredTeacher) and not self.teacher.is_loaded and self.cache.score:
-            self.log({f"teacher_{name}": value for name, value in self.cache.score.items()})
+        elif known := self._score_in_manifest():
+            self.log({f"teacher_{name}": value for name, value in known.items()})
         elif self.teacher is not None and not self._saves_teacher and self.eval_dataset is not None:
             score = self.evaluate_teacher(max_samples=1000)
             self.log({f"teacher_{name}": value for name, value in score.items()})
             if self.cache is not None and self.is_world_process_zero():
                 self.cache.note_score(score)
+
+    def _score_in_manifest(self) -> dict[str, float]:
+        """The score of a teacher that might not be loaded; of one mind on all processes."""
+        if not isinstance(self.teacher, DeferredTeacher):
+            return {}
+        return broadcast_object_list([self.cache.score])[0]
 
     def evaluate_teacher(self, dataset: Dataset | None = None, max_samples: int | None = None) -> dict[str, float]:
         """Score the frozen teacher as the student is scored.

@@ -185,9 +185,8 @@ def test_another_order_of_classes_is_another_cache(tmp_path):
         student, teacher = tiny("bert"), tiny_teacher("bert")
         student.config.id2label = {i: NAMES[c] for i, c in enumerate(order)}
         teacher.config.id2label = dict(enumerate(NAMES))
-        return make_trainer(
-            tmp_path, student, teacher, KD(), rows("bert"), teacher_cache=str(tmp_path / "mine"), max_steps=2
-        )
+        folder = str(tmp_path / "mine")
+        return make_trainer(tmp_path / "run", student, teacher, KD(), rows("bert"), teacher_cache=folder, max_steps=2)
 
     first = run(range(5))
     first.train()
@@ -257,14 +256,13 @@ def test_a_made_teacher_is_refused(tmp_path):
 
 
 def test_a_folder_that_a_push_would_upload_is_refused(tmp_path):
-    def check(folder, push):
-        args = DistillationTrainingArguments(str(tmp_path / "run"), push_to_hub=push, teacher_cache=str(folder))
+    def check(folder):
+        args = DistillationTrainingArguments(str(tmp_path / "run"), teacher_cache=str(folder))
         check_cache(args, rows("bert"), tiny_teacher("bert"))
 
     with pytest.raises(ValueError, match="a push uploads all of .*: put teacher_cache= elsewhere"):
-        check(tmp_path / "run" / "checkpoint-3" / ".." / "cache", True)
-    check(tmp_path / "run" / "cache", False)
-    check(tmp_path / "run-cache", True)
+        check(tmp_path / "run" / "checkpoint-3" / ".." / "cache")
+    check(tmp_path / "run-cache")
 
 
 def test_logits_beyond_the_dtype_are_refused(tmp_path):
@@ -517,6 +515,12 @@ def test_the_weights_are_loaded_for_what_is_not_kept(tmp_path, family):
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(16)])
     online = make_trainer(tmp_path, tiny(family), teacher, KD(), rows(family)).teacher(batch).logits
     np.testing.assert_allclose(table(trainer.cache)[0], online.numpy(), rtol=2e-3, atol=2e-3)
+
+
+def test_a_teacher_in_a_folder_that_learns_is_refused(tmp_path):
+    _, folder = in_folder(tmp_path, "bert")
+    with pytest.raises(ValueError, match="the teacher of Mutual changes as it trains"):
+        cached(tmp_path, teacher=folder, distiller=Mutual())
 
 
 def test_a_folder_is_a_teacher_without_a_cache_too(tmp_path):

@@ -304,7 +304,13 @@ def cached(folder) -> dict:
         results[name] = {"weights": weights(student), **figures}
     dataset = rows("bert", 13)
     trainer = make_trainer(
-        folder, tiny("bert"), tiny_teacher("bert"), KD(), dataset, teacher_cache=str(folder / "warm"), **share()
+        folder / "third",
+        tiny("bert"),
+        tiny_teacher("bert"),
+        KD(),
+        dataset,
+        teacher_cache=str(folder / "warm"),
+        **share(),
     )
     return {**results, "warm": (trainer.warm_teacher_cache()["answers"], trainer.cache.filled)}
 
