@@ -56,6 +56,15 @@ def innermost(dataset: Dataset | None) -> Dataset | None:
     return dataset
 
 
+def dataset_index(dataset: Dataset) -> np.ndarray:
+    """The column ``index`` of a data set without running its transforms; 0, 1, … where it does not show one."""
+    if isinstance(dataset, datasets.Dataset):
+        return np.asarray(dataset.with_format("numpy")["index"][:], np.int64)  # as a batch will hold it
+    if isinstance(dataset, Subset):
+        return dataset_index(dataset.dataset)[list(dataset.indices)]
+    return np.asarray(getattr(dataset, "index", np.arange(len(dataset))))
+
+
 def _class_names(dataset: Dataset) -> list[str] | None:
     if isinstance(dataset, Subset):
         return _class_names(dataset.dataset)

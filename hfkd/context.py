@@ -12,6 +12,7 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
+from hfkd.checks import dataset_index
 from hfkd.teacher import ColumnTeacher, DeferredTeacher, TeacherEnsemble
 
 
@@ -125,6 +126,9 @@ class DistillationContext:
     def batches(self, dataset: Dataset) -> Iterator[dict[str, Tensor]]:
         """This process's share of a dataset, un-augmented, collated as in training and on the device.
 
+        Un-augmented is what a dataset's ``without_augmentation()`` returns; of one without it, such as a
+        ``datasets.Dataset`` with a random transform, the rows come as in training.
+
         Process r of W sees rows r, r + W, …: each row comes once. Shares may differ by a row, so that nothing inside
         the loop may wait for other processes: ``gather`` behind it.
         """
@@ -151,6 +155,20 @@ class DistillationContext:
             plain = Subset(plain, range(min(size, len(plain))))
         return self._trainer._prepare_inputs(next(iter(self.loader(plain, size))))
 
+    def sample_index(self) -> Tensor:
+        """The column ``index`` of the training set, in its order; 0, 1, … where the set shows none.
+
+        Raises:
+            ValueError: If it shows none and has others.
+        """
+        index = torch.from_numpy(dataset_index(self.train_dataset))
+        if not torch.isin(self.sample()["index"].cpu(), index).all():
+            raise ValueError(
+                "the column index of the training set is not 0, 1, …, and the set does not show it: give it an "
+                "`index` attribute, an array with one number a row"
+            )
+        return index
+
     def align_buffers(self, model: nn.Module) -> None:
         """Give a model's buffers the values of the first process, as DDP will do at the next forward.
 
@@ -167,6 +185,8 @@ class DistillationContext:
         return {name: column for name, column in batch.items() if name != "view"}  # whose numbers are another set's
 
     def _plain(self, dataset: Dataset) -> Dataset:
+        if isinstance(dataset, Subset):
+            return Subset(self._plain(dataset.dataset), dataset.indices)
         return getattr(dataset, "without_augmentation", lambda: dataset)()
 
     def loader(self, dataset: Dataset, batch_size: int) -> DataLoader:

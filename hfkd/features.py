@@ -220,6 +220,12 @@ def in_float32(outputs: ModelOutputs) -> ModelOutputs:
     return replace(outputs, logits=_full_precision(outputs.logits), features=features)
 
 
+def in_precision_of(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A batch with its floats in the precision of a model's parameters, to run it without autocast."""
+    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    return {name: column.to(dtype) if column.is_floating_point() else column for name, column in batch.items()}
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Run a model in evaluation mode without gradient, and leave it and the random numbers as they were.
@@ -257,10 +263,8 @@ def try_out(
     Returns:
         Logits and features, float32 where the model is in half precision.
     """
-    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
-    batch = {name: column.to(dtype) if column.is_floating_point() else column for name, column in batch.items()}
     with evaluating(model):
-        return in_float32(run_model(model, batch, layers=layers, prefix=prefix))
+        return in_float32(run_model(model, in_precision_of(model, batch), layers=layers, prefix=prefix))
 
 
 def collect(

@@ -439,13 +439,16 @@ def last_layer_inverse_product(
     inputs = features if gradient.shape[1] == features.shape[1] else _with_one(features)
     inputs, probabilities = inputs.double(), logits.double().softmax(-1)
     total, size = gradient.double(), reduce(torch.tensor(len(inputs), device=inputs.device)).item()
+    surest = probabilities.argmax(1, keepdim=True)  # of which 1 - p, and differences of products with p, would cancel
     if damping is None:
-        spread = probabilities - probabilities.square()  # the diagonal of each sample's block
+        others = probabilities.scatter(1, surest, 0.0).sum(1, keepdim=True)
+        spread = probabilities * (1 - probabilities).scatter(1, surest, others)  # the diagonal of each sample's block
         trace = reduce((spread.sum(1) * inputs.square().sum(1)).sum()).item() / size
         damping = 0.1 * trace / total.numel() or 1.0
 
     def product(direction: Tensor) -> Tensor:
         along = inputs @ direction.T
+        along = along - along.gather(1, surest)
         along = probabilities * (along - (probabilities * along).sum(1, keepdim=True))
         return reduce(along.T @ inputs) / size + damping * direction
 

@@ -258,6 +258,11 @@ class MemoryBank(nn.Module):
         """Whether somebody has neighbours."""
         return bool((self.positives != MISSING).any())
 
+    def clear(self) -> None:
+        """Forget all neighbours."""
+        self.positives.fill_(MISSING)
+        self.negatives.fill_(MISSING)
+
     def fill(
         self,
         samples: dict[str, Tensor],

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import evaluate
 import numpy as np
 import sklearn.metrics
+import torch
 from datasets import Features, Value
 from scipy.stats import ConstantInputWarning, pearsonr, spearmanr
 from transformers import EvalPrediction
@@ -197,7 +198,8 @@ def separability(features, labels) -> float:
 
 def _classes(features, labels) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Unit features of the labelled samples, the place of each one's class among the centroids, and unit centroids."""
-    features, labels = np.asarray(features, np.float64), np.asarray(labels)
+    features = torch.as_tensor(features, dtype=torch.float64, device="cpu").numpy()
+    labels = torch.as_tensor(labels, device="cpu").numpy()
     labelled = labels != -100
     if not labelled.any():
         raise ValueError("no sample has a label: these figures compare classes")

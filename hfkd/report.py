@@ -199,5 +199,5 @@ def influence_gallery(split: datasets.Dataset, table: str | Path, path: str | Pa
     starts = range(0, count, width)
     empty = [None] * (-count % width)
     helpful, harmful = helpful + empty, harmful + empty
-    rows = [[*helpful[i : i + width], *harmful[i : i + width]] for i in starts]
-    return draw_rows(rows, [(0, "most helpful"), (width, "most harmful")], path)
+    rows = [[*helpful[i : i + width], None, *harmful[i : i + width]] for i in starts]
+    return draw_rows(rows, [(0, "most helpful"), (width + 1, "most harmful")], path)

@@ -322,6 +322,11 @@ class DistillationTrainer(Trainer):
         if distiller.trains_teacher:
             if label_orders != [None]:
                 raise ValueError("a teacher that is trained must have the student's classes in the same order")
+            if not any(parameter.requires_grad for parameter in self.teacher_model.parameters()):
+                raise ValueError(
+                    f"{method} trains the teacher, and all its parameters are frozen, as those of a teacher are that "
+                    "another run asked: call teacher.requires_grad_(True) first"
+                )
             self.teacher_model.to(self.args.device)
             return
         dtype = getattr(self.args, "teacher_dtype", None)

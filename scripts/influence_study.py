@@ -60,13 +60,13 @@ class Rankings(KDAIF):
 
     def refresh(self, context):
         super().refresh(context)
-        rankings = {"weight": self.influence.numpy().copy()}
+        rankings = {"KD 50 %, last layer (the weights in use)": self.influence.cpu().numpy().copy()}
         seconds = {}
         for name, other in self.others.items():
             start = time.perf_counter()
             index, _, influence = other._measure(context)
             seconds[name] = time.perf_counter() - start
-            rankings[name] = influence[index.argsort()].numpy()
+            rankings[name] = influence[index.argsort()].cpu().numpy()
         losses = {"student loss": [], "teacher loss": []}
         index = []
         student = context.student.eval()
@@ -82,7 +82,7 @@ class Rankings(KDAIF):
         seconds["one evaluation pass of both"] = time.perf_counter() - start
         student.train()
         order = torch.cat(index).argsort()
-        rankings.update({name: torch.cat(parts)[order].numpy() for name, parts in losses.items()})
+        rankings.update({name: torch.cat(parts)[order].cpu().numpy() for name, parts in losses.items()})
         self.history.append({"epoch": context.epoch, "rankings": rankings, "seconds": seconds})
 
 
@@ -122,6 +122,7 @@ def teach(args, distiller, name: str, *, seed: int = 0, label_noise: float = 0.0
         held_out_fraction=0.1,
         label_noise=label_noise,
         max_train_samples=args.max_train_samples,
+        max_eval_samples=args.max_train_samples,
     )
     set_seed(seed)
     teacher = load_model(args.teacher, refuse_new_head=True)
@@ -148,17 +149,20 @@ def teach(args, distiller, name: str, *, seed: int = 0, label_noise: float = 0.0
     result["test_accuracy"] = float(right.mean())
     result["accuracy_by_class"] = [float(right[output.label_ids == c].mean()) for c in range(data.num_labels)]
     if isinstance(distiller, KDAIF):
-        result["weights"] = distiller.weights.numpy().copy()
+        result["weights"] = distiller.weights.cpu().numpy().copy()
         labels = train.labels[train.index.argsort()]
         result["weight_by_class"] = [float(result["weights"][labels == c].mean()) for c in range(data.num_labels)]
     return result
 
 
 def noise(args) -> None:
-    bases = {"labels alone": StudentAlone, "KD 50 %": lambda: KD(0.5), "KD 90 %": lambda: KD(0.9)}
-    others = {f"{base}, last layer": KDAIF(make()) for base, make in bases.items()}
-    others |= {f"{base}, last layer, first order": KDAIF(make(), hessian="identity") for base, make in bases.items()}
-    others["KD 50 %, all layers, first order"] = KDAIF(KD(0.5), layers="all", hessian="identity")
+    others = {
+        "labels alone, last layer": KDAIF(StudentAlone()),
+        "labels alone, last layer, first order": KDAIF(StudentAlone(), hessian="identity"),
+        "KD 90 %, last layer": KDAIF(KD(0.9)),
+        "KD 50 %, last layer, first order": KDAIF(KD(0.5), hessian="identity"),
+        "KD 50 %, all layers, first order": KDAIF(KD(0.5), layers="all", hessian="identity"),
+    }
     distiller = Rankings(KD(alpha=0.5), warm_up=args.warm_up, refresh_epochs=args.refresh_epochs, others=others)
     result = teach(args, distiller, "noise", label_noise=args.label_noise)
     shared = {"data_dir": args.data_dir, "validation_fraction": 0, "held_out_fraction": 0.1}
@@ -168,7 +172,7 @@ def noise(args) -> None:
     order = np.argsort(splits[0]["index"][:])
     flipped = (np.array(splits[0]["label"][:]) != np.array(splits[1]["label"][:]))[order]
     report = {
-        "arguments": vars(args),
+        "arguments": {name: str(value) for name, value in vars(args).items()},
         "flipped": int(flipped.sum()),
         "samples": len(flipped),
         "test_accuracy": result["test_accuracy"],
@@ -195,10 +199,10 @@ def safe(args) -> None:
             rng = np.random.default_rng(1)
             rows = rng.choice(len(train), len(train) // 10, replace=False)
             touched[kind] = rows
-            pixels = train.pixels[rows].numpy().astype(np.float64)
+            pixels = train.pixels[rows].astype(np.float64)
             new = rng.uniform(0, 256, pixels.shape) if kind == "outliers" else rng.normal(pixels, 25)
-            train.pixels = train.pixels.clone()
-            train.pixels[rows] = torch.from_numpy(new.clip(0, 255).astype(np.uint8))
+            train.pixels = train.pixels.copy()
+            train.pixels[rows] = new.clip(0, 255).astype(np.uint8)
 
         return change
 
@@ -223,7 +227,7 @@ def safe(args) -> None:
         max_train_samples=args.max_train_samples,
     )
     place = np.argsort(np.argsort(data.train["index"][:]))  # of a training row among the weights
-    report = {"arguments": vars(args), "stability": {}, "runs": {}}
+    report = {"arguments": {name: str(value) for name, value in vars(args).items()}, "stability": {}, "runs": {}}
     for name in ("another seed", "perturbed", "outliers"):
         kept = np.ones(len(reference), dtype=bool)
         if name in touched:
@@ -252,7 +256,7 @@ if __name__ == "__main__":
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--warm_up", type=float, default=0.3)
     parser.add_argument("--refresh_epochs", type=int, default=3)
-    parser.add_argument("--max_train_samples", type=int, default=None)
+    parser.add_argument("--max_train_samples", type=int, default=None, help="and as many test samples")
     parser.add_argument("--bf16", action="store_true", help="Train in bfloat16; influence is measured in float32.")
     arguments = parser.parse_args()
     Path(arguments.output_dir).mkdir(parents=True, exist_ok=True)

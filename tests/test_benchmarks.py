@@ -31,8 +31,6 @@ def test_what_methods_cost_is_measured_against_kd_and_the_student_alone(method_c
     assert rows["CAM()"]["kept_mb"] > rows["again"]["kept_mb"] == rows["KD()"]["kept_mb"] == 0
     assert rows["StudentAlone()"]["ratio_alone"] == [1.0, 1.0, 1.0]
     assert rows["KD()"]["ratio"][1] + rows["again"]["ratio"][1] == pytest.approx(2.0)
-    assert rows["KD()"]["ratio_alone"][1] > 1.2  # the teacher runs inside what is timed
-    assert rows["TfKD('virtual')"]["ratio"][1] < 0.9  # and only where there is one
     assert json.loads(output.read_text())["rows"] == list(rows.values())
     printed = capsys.readouterr().out
     assert f"| `CAM()` | 10 | {rows['CAM()']['step_ms']:.0f} |" in printed

@@ -198,7 +198,7 @@ def test_lissa_on_mini_batches_of_unequal_size_errs_by_the_inverse_of_the_scale(
             iterations=int(90 * scale),
         )
         errors.append(relative_error(product, exact))
-    assert errors[0] < 0.02
+    assert errors[0] < 0.01  # the last step of a pass is off by 0.02
     assert errors[1] < 0.3 * errors[0]
 
 
@@ -221,6 +221,19 @@ def test_the_product_of_nothing_is_nothing(theta):
         regularised_loss, as_parameters(theta), logistic_batches(TRAIN), zero, damping=0.0, iterations=5
     )
     assert flat(product).tolist() == [0.0] * (WIDTH + 1)
+
+
+def test_a_loss_without_curvature_leaves_the_damping():
+    parameters, vector = {"weight": torch.ones(WIDTH + 1, dtype=torch.float64)}, random_like({"weight": torch.ones(5)})
+    product = inverse_hessian_product(
+        lambda p, batch: batch["inputs"] @ p["weight"],
+        parameters,
+        logistic_batches(TRAIN),
+        vector,
+        damping=0.5,
+        iterations=40,
+    )
+    torch.testing.assert_close(product["weight"], 2 * vector["weight"].double())
 
 
 def lissa(theta, loss=regularised_loss, batches=None, **options):
@@ -512,10 +525,9 @@ def test_another_attention_is_replaced_inside_peft_too():
 
 
 def test_no_graph_is_kept():
-    model, batches = model_and_batches(
-        "lora-bert"
-    )  # whose frozen weights are no parameters, and others need gradients
-    parameters = dict(model.named_parameters())
+    """Though parameters that are not differentiated by ask for gradients."""
+    model, batches = model_and_batches("bert")
+    parameters = {name: p for name, p in model.named_parameters() if "classifier" in name or "embeddings" in name}
     saved = []
     with forward_mode_ready(model), torch.autograd.graph.saved_tensors_hooks(saved.append, lambda x: x):
         derivatives = directional_derivatives(loss_of(model), parameters, batches, random_like(parameters))
@@ -677,6 +689,28 @@ def test_the_last_layer_solves_with_its_exact_hessian(bias, damping):
     ).view_as(gradient)
     product = last_layer_inverse_product(logits, features, gradient, damping=damping, tolerance=1e-13)
     torch.testing.assert_close(product, expected, rtol=1e-7, atol=1e-9)
+
+
+def test_the_last_layer_of_a_student_without_doubts_is_solved_as_well():
+    """Where every 1 - p is below the rounding of p. Reference: the Hessian as a sum over pairs of classes."""
+    logits, features = last_layer_problem()
+    logits, (n, width) = logits + 50 * F.one_hot(torch.arange(30) % 4), features.shape
+    probabilities = logits.softmax(1)
+    assert (probabilities.max(1).values == 1).all()
+    hessian = torch.zeros(4 * width, 4 * width, dtype=torch.float64)
+    for p, h in zip(probabilities, features, strict=True):
+        for one in range(4):
+            for other in range(one):
+                difference = torch.zeros(4, dtype=torch.float64)
+                difference[one], difference[other] = 1, -1
+                row = (difference[:, None] * h).flatten()
+                hessian += p[one] * p[other] * torch.outer(row, row) / n
+    gradient = torch.randn(4, width, dtype=torch.float64)
+    added = 0.1 * hessian.trace() / len(hessian)
+    assert 0 < added < 1e-18
+    expected = torch.linalg.solve(hessian / added + torch.eye(len(hessian)), gradient.flatten() / added)
+    product = last_layer_inverse_product(logits, features, gradient, tolerance=1e-13)
+    torch.testing.assert_close(product, expected.view_as(gradient), rtol=1e-7, atol=1e-9 * expected.abs().max().item())
 
 
 def test_the_last_layer_of_two_processes_solves_as_that_of_one():
@@ -852,6 +886,16 @@ def test_ekfac_with_a_large_damping_is_first_order(name):
         gradient = mean_gradient(loss_of(model), parameters, lambda: batches[::2])
         first_order = -directional_derivatives(loss_of(model), parameters, lambda: batches, gradient)
     torch.testing.assert_close(influence * damping, first_order, rtol=1e-3, atol=1e-3 * first_order.abs().max().item())
+
+
+def test_ekfac_does_not_see_padding():
+    model, columns = tiny("bert"), rows("bert", 96).columns
+    padded = {name: column if column.ndim == 1 else F.pad(column, (0, 5)) for name, column in columns.items()}
+    one, other = (
+        ekfac_influence(model, cross_entropy_of, cross_entropy_of, lambda b=b: [b], lambda b=b: [b], damping=1e-2)
+        for b in (columns, padded)
+    )
+    torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * one.abs().max().item())
 
 
 def test_what_ekfac_cannot_work_with_is_refused(monkeypatch):

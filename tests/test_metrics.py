@@ -157,3 +157,16 @@ def test_geometry_needs_classes():
         compactness([[1.0]], [-100])
     with pytest.raises(ValueError, match="at least two classes"):
         separability([[1.0], [2.0]], [3, 3])
+
+
+def test_compactness_takes_what_lies_on_an_accelerator():
+    class Elsewhere(torch.Tensor):
+        """Refuses numpy as a tensor on a GPU does."""
+
+        def __array__(self, *args, **kwargs):
+            raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu()")
+
+    features = torch.tensor([[1.0, 0.0], [2.0, 0.0], [-3.0, 0.0]]).as_subclass(Elsewhere)
+    labels = torch.tensor([0, 0, 1]).as_subclass(Elsewhere)
+    assert compactness(features, labels) == 0.0
+    assert separability(features, labels) == 2.0

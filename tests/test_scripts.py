@@ -1,5 +1,7 @@
 """The scripts' own arithmetic."""
 
+import argparse
+import importlib
 import json
 import os
 import re
@@ -7,10 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pytest
 from helpers import tiny_teacher
 
 
 ROOT = Path(__file__).resolve().parents[1]
+DATA = Path(os.environ.get("HFKD_DATA_DIR", ROOT.parent / "shared" / "data"))
 
 
 def result_table(*words):
@@ -43,3 +48,63 @@ def test_warm_teacher_cache_fills_what_the_run_would_ask(tmp_path):
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout.splitlines()[-1])["answers"] == answers
     assert not list((tmp_path / "out").glob("*"))  # nothing was trained
+
+
+@pytest.fixture
+def influence_study(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    yield importlib.import_module("influence_study")
+    for name in ("influence_study", "run_image_kd"):
+        sys.modules.pop(name, None)
+
+
+def test_rank_graduation_is_one_for_the_same_order_and_zero_for_the_reverse(influence_study):
+    weights = np.array([0.3, 2.0, 0.7, 1.1])
+    assert influence_study.rank_graduation(weights, weights**3) == pytest.approx(1)
+    assert influence_study.rank_graduation(weights, -weights) == pytest.approx(0)
+    # Ranks 0 3 1 2 against 1 3 0 2: covariances by hand from weights about their mean of 1.025.
+    centred = weights - 1.025
+    expected = (centred @ [1, 3, 0, 2]) / (centred @ [0, 3, 1, 2])
+    assert influence_study.rank_graduation(weights, np.array([0.5, 2.0, 0.1, 1.1])) == pytest.approx(
+        (expected + 1) / 2
+    )
+
+
+def test_energy_is_the_sum_of_the_packages_or_unknown(influence_study, tmp_path):
+    assert influence_study.energy(tmp_path) is None
+    for package, microjoules in enumerate((1_500_000, 250_000)):
+        folder = tmp_path / f"intel-rapl:{package}"
+        folder.mkdir()
+        (folder / "energy_uj").write_text(f"{microjoules}\n")
+    assert influence_study.energy(tmp_path) == pytest.approx(1.75)
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"no real data: neither HFKD_DATA_DIR nor {DATA}")
+@pytest.mark.parametrize("study", ["noise", "safe"])
+def test_the_influence_study_reports_what_it_ranked(influence_study, tmp_path, study):
+    arguments = argparse.Namespace(
+        data_dir=DATA / "cifar10",
+        teacher=str(DATA / "teachers" / "resnet20_cifar10.safetensors"),
+        output_dir=tmp_path,
+        label_noise=0.25,
+        epochs=2,
+        warm_up=0.5,
+        refresh_epochs=1,
+        max_train_samples=80,
+        bf16=False,
+    )
+    getattr(influence_study, study)(arguments)
+    (path,) = tmp_path.glob("*.json")
+    report = json.loads(path.read_text())
+    if study == "noise":
+        assert (report["flipped"], report["samples"]) == (20, 80)
+        (refresh,) = report["refreshes"]
+        assert refresh["epoch"] == 1
+        assert len(refresh["auroc"]) == 8
+        assert refresh["auroc"]["teacher loss"] > 0.9  # it saw the clean labels of these images
+    else:
+        assert set(report["stability"]) == {"another seed", "perturbed", "outliers"}
+        assert all(-1 <= value["spearman"] <= 1 for value in report["stability"].values())
+        assert set(report["runs"]) == {"KD", "KDAIF", "another seed", "perturbed", "outliers"}
+        assert report["runs"]["KDAIF"]["weight_by_class_gap"] > 0

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import datasets
 import numpy as np
 import pytest
 import safetensors.torch
@@ -30,6 +31,7 @@ from helpers import (
     weights,
 )
 from torch import nn
+from torch.utils.data import Subset
 from transformers import AutoModelForSequenceClassification, HfArgumentParser, TrainerCallback
 
 from hfkd import DistillationTrainingArguments
@@ -644,6 +646,19 @@ def test_the_context_gives_models_data_and_batches(tmp_path):
     assert torch.equal(batches[0]["index"], torch.arange(5))
     seen = context.gather(torch.cat([batch["index"] for batch in context.batches(dataset)]))
     assert seen.tolist() == list(range(11))  # in order, of the un-augmented view
+    part = Subset(Subset(Plain(rows("bert", 16, seed=4).columns), range(1, 10)), [4, 2])
+    (batch,) = context.batches(part)
+    plain = rows("bert", 11)
+    assert torch.equal(batch["labels"], plain.columns["labels"][[5, 3]])  # seed 4 has others
+    assert torch.equal(context.take(part, [1])["index"], torch.tensor([3]))
+
+
+def test_the_context_knows_the_numbers_of_the_samples(tmp_path):
+    columns = {name: column.tolist() for name, column in rows("bert", 3).columns.items()}
+    dataset = datasets.Dataset.from_dict({**columns, "index": [4, 2, 9]})
+    for train_dataset, numbers in ((dataset, [4, 2, 9]), (rows("bert", 3), [0, 1, 2])):
+        trainer = make_trainer(tmp_path, tiny("bert"), None, Diary(), train_dataset)
+        assert trainer.context.sample_index().tolist() == numbers
 
 
 def test_the_context_gives_the_teacher_to_ask(tmp_path):

@@ -123,7 +123,7 @@ def contrastive(folder) -> dict:
 
 def influence(folder) -> dict:
     """Weights by influence, on shares of unequal size; running statistics differ between processes until aligned."""
-    student, distiller = freeze_batch_norm(tiny("resnet")).double(), KDAIF(warm_up=0.0)
+    student, distiller = freeze_batch_norm(tiny("resnet")).double(), KDAIF(weighting="exp_minmax", warm_up=0.0)
     trainer = make_trainer(
         folder,
         student,

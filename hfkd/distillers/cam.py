@@ -22,7 +22,7 @@ class ClassAttention(Distiller):
 
     default_learning_rate = 1e-3
 
-    def __init__(self, width: int = 16, label_weight: float = 0.1):
+    def __init__(self, width: int = 16, label_weight: float = 16.0):
         super().__init__()
         if width < 1:
             raise ValueError(f"width must be positive, got {width}: 16 is the default")
@@ -97,7 +97,9 @@ class CAM(Wrapper):
     Args:
         base: The method to change; any that compares logits, :class:`~hfkd.distillers.KD` by default.
         width: Size of a class's token.
-        label_weight: Weight of the term on the labels, not negative; small beside the distillation term.
+        label_weight: Weight of the term on the labels, not negative. It must hold against the distillation term, so 16
+            is the T² of KD at T = 4: at 0.1 the network learns to hide the right class, and what is left of a teacher
+            that is right on 99 % of CIFAR-10 is right on 2 %.
 
     Raises:
         ValueError: If an argument is out of range, or there are only two classes.
@@ -108,7 +110,7 @@ class CAM(Wrapper):
 
     needs_teacher = True
 
-    def __init__(self, base: Distiller | None = None, width: int = 16, label_weight: float = 0.1):
+    def __init__(self, base: Distiller | None = None, width: int = 16, label_weight: float = 16.0):
         super().__init__(KD() if base is None else base)
         self.width, self.label_weight = width, label_weight
         self.attention = ClassAttention(width, label_weight)

@@ -5,12 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import datasets
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from hfkd.checks import dataset_labels
 from hfkd.distillers.base import IGNORE_INDEX, check_temperature
@@ -45,19 +42,6 @@ def crd_loss(positive: Tensor, negatives: Tensor, *, num_samples: int, reduction
     check_coupled(reduction)
     log_noise = math.log(negatives.shape[1] / num_samples)
     return (F.softplus(log_noise - positive) + F.softplus(negatives - log_noise).sum(1)).mean()
-
-
-def _index_and_labels(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
-    """The column ``index`` of a data set, 0, 1, … where it shows none, and its labels."""
-    labels = dataset_labels(dataset)
-    if labels is None:
-        raise ValueError(
-            "CRD draws negatives from other classes and cannot read the labels of the training set: give it a "
-            "`labels` attribute, an array with one class index a row"
-        )
-    if isinstance(dataset, datasets.Dataset):
-        return np.asarray(dataset.with_format("numpy")["index"][:]), labels
-    return np.asarray(getattr(dataset, "index", np.arange(len(labels)))), labels
 
 
 class CRD(LayerDistiller):
@@ -128,15 +112,15 @@ class CRD(LayerDistiller):
 
     def setup(self, context):
         super().setup(context)
-        index, labels = map(torch.from_numpy, _index_and_labels(context.train_dataset))
-        index, order = index.sort()
-        if not torch.isin(context.sample()["index"].cpu(), index).all():
+        labels = dataset_labels(context.train_dataset)
+        if labels is None:
             raise ValueError(
-                "the column index of the training set is not 0, 1, …, and the set does not show it: give it an "
-                "`index` attribute, an array with one number a row"
+                "CRD draws negatives from other classes and cannot read the labels of the training set: give it a "
+                "`labels` attribute, an array with one class index a row"
             )
+        index, order = context.sample_index().sort()
         self.register_buffer("sample_index", index, persistent=False)
-        self._keep_classes(labels[order])
+        self._keep_classes(torch.from_numpy(labels)[order])
         shape, dtype = (len(index), self.embedding_size), self.student_embedding.weight.dtype
         for name in ("student_memory", "teacher_memory"):
             self.register_buffer(name, F.normalize(torch.randn(shape, dtype=dtype), dim=1))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from hfkd.distillers.base import reduce_batch
-from hfkd.distillers.layers import LayerDistiller, to_common_size
+from hfkd.distillers.layers import BatchOnlyNorm, LayerDistiller, to_common_size
 from hfkd.features import stage_paths
 
 
@@ -47,10 +47,10 @@ def hint_loss(student_features: Tensor, teacher_features: Tensor, *, reduction: 
 class FitNet(LayerDistiller):
     """Hints: a projection of the student's feature is to equal the teacher's: ``task + weight * fitnet``.
 
-    The projection is learned: one 1x1 convolution for maps, one linear layer for vectors. The benchmark's adds
-    BatchNorm and a ReLU; without them a sample's loss stays its own. The larger of two maps is averaged down to the
-    size of the smaller. Of several layers the terms are summed. All in one stage of training, as is usual now, not the
-    paper's two.
+    The projection is learned: for maps a 1x1 convolution with BatchNorm and ReLU as in the CRD benchmark, whose weight
+    of 100 would make a bare convolution diverge at its learning rate; for vectors a linear layer. BatchNorm mixes the
+    samples of a batch. The larger of two maps is averaged down to the size of the smaller. Of several layers the terms
+    are summed. All in one stage of training, as is usual now, not the paper's two.
 
     Args:
         weight: Weight of the term, not negative; 100 is the CRD benchmark's.
@@ -64,6 +64,7 @@ class FitNet(LayerDistiller):
     Source: arXiv 1412.6550; see :func:`hint_loss`.
     """
 
+    batch_coupled = True
     dimensions = {2: "a vector (B, D)", 4: "a map (B, C, H, W)"}
     remedy = "HiddenStates() compares the tokens of a transformer, or name other layers"
 
@@ -88,7 +89,9 @@ class FitNet(LayerDistiller):
                     f"{tuple(teacher.shape)}: name two maps or two vectors"
                 )
             channels = student.shape[1], teacher.shape[1]
-            projector = nn.Conv2d(*channels, 1) if student.ndim == 4 else nn.Linear(*channels)
+            projector = nn.Linear(*channels)
+            if student.ndim == 4:
+                projector = nn.Sequential(nn.Conv2d(*channels, 1), BatchOnlyNorm(channels[1]), nn.ReLU())
             self.projectors.append(projector.to(student.dtype))
 
     def forward(self, student, teacher, batch):

@@ -127,7 +127,8 @@ def nicd_loss(
 class InContextKD(Distiller):
     r"""In-context distillation: ``(1 - alpha) * task + alpha * kd + picd_weight * picd + nicd_weight * nicd``.
 
-    A bank holds what the teacher says about every training sample, un-augmented, and for each sample its nearest
+    A bank holds what the teacher says about every training sample, un-augmented (see
+    :meth:`DistillationContext.batches <hfkd.context.DistillationContext.batches>`), and for each sample its nearest
     neighbours by the teacher's penultimate features: K of the same class, aggregated for :func:`picd_loss`, and M of
     other classes for :func:`nicd_loss`. With both weights 0 it is :class:`~hfkd.distillers.KD`.
 
@@ -251,6 +252,11 @@ class InContextKD(Distiller):
         return None
 
     def setup(self, context):
+        if self.mode == "offline" and context.teacher is None:
+            raise ValueError(
+                'InContextKD(mode="offline") fills its bank once, and another method trains the teacher here: leave '
+                "it frozen, or combine other methods"
+            )
         self.student_bank = self._make_bank(context, "student") if self.mode != "offline" else None
         self.teacher_bank = self._make_bank(context, "teacher") if self.mode != "teacher_free" else None
         if self.mode == "offline":
@@ -310,6 +316,9 @@ class InContextKD(Distiller):
     def on_train_begin(self, context):
         if self.mode != "offline":
             self._refreshed = self._due(context)
+            for bank in (self.student_bank, self.teacher_bank):
+                if bank is not None and not context.progress:  # a second run: that bank is of the first one's end
+                    bank.clear()
         elif not self.teacher_bank.is_filled:
             self._fill(context, "teacher", context.teacher)
 

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import importlib.util
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 
 from hfkd.checks import dataset_labels
-from hfkd.distillers.base import IGNORE_INDEX, Distiller, ModelOutputs, Wrapper, check_not_negative
-from hfkd.distillers.crd import _index_and_labels
+from hfkd.distillers.base import Distiller, ModelOutputs, Wrapper, check_not_negative
 from hfkd.distillers.kd import KD
-from hfkd.features import base_model, evaluating, find_module, head_path, in_float32, run_model, select_inputs, try_out
+from hfkd.features import (
+    base_model,
+    evaluating,
+    find_module,
+    head_path,
+    in_float32,
+    in_precision_of,
+    run_model,
+    select_inputs,
+    try_out,
+)
 from hfkd.influence import (
     directional_derivatives,
     ekfac_influence,
@@ -115,7 +128,8 @@ class _SampleLosses(nn.Module):
 
     def outputs(self, student: nn.Module, batch: Mapping[str, Tensor], *more_layers: str) -> ModelOutputs:
         layers = () if self.distiller is None else self.distiller.student_layers
-        return in_float32(run_model(student, batch, layers=(*layers, *more_layers)))
+        columns = {name: column for name, column in batch.items() if name != _TEACHER}
+        return in_float32(run_model(student, in_precision_of(student, columns), layers=(*layers, *more_layers)))
 
     def of_outputs(self, student: ModelOutputs, batch: Mapping[str, Tensor]) -> Tensor:
         (task,) = self.others
@@ -161,10 +175,12 @@ class KDAIF(Wrapper):
         w_i \propto \frac{1}{1 + e^{k \varphi_i / (\max \varphi - \min \varphi)}}
 
     :math:`\ell_i` is the loss of the base method (KD: :math:`(1 - \lambda) \mathrm{CE} + \lambda T^2 \mathrm{KL}`),
-    :math:`g_i` its gradient at the student for the un-augmented sample, :math:`g_\text{val}` that of the mean
-    cross-entropy on ``held_out_dataset``. φ < 0 helps, φ > 0 harms. A sample without a label has the influence of its
-    distillation terms. Weights are found at the start of an epoch for the whole training set and kept until the next
-    refresh; before the first they are 1. They are buffers, and resume with the run.
+    :math:`g_i` its gradient at the student for the sample as
+    :meth:`DistillationContext.batches <hfkd.context.DistillationContext.batches>` gives it, un-augmented,
+    :math:`g_\text{val}` that of the mean cross-entropy on ``held_out_dataset``. φ < 0 helps, φ > 0 harms. A sample
+    without a label has the influence of its distillation terms. Weights are found at the start of an epoch for the
+    whole training set and kept until the next refresh; before the first they are 1. They are buffers, and resume with
+    the run; another ``train()`` starts with weights of 1 again.
 
     Each refresh writes ``influence/epoch-NNN.parquet`` into the output folder, with the columns ``index``, ``label``
     (as it was trained on), ``influence``, ``weight`` and ``epoch``. Costs, per refresh, a pass of student and teacher
@@ -175,9 +191,9 @@ class KDAIF(Wrapper):
         base: The method to weigh; ``KD()`` by default. Its terms must be per sample.
         layers: Which parameters count: ``"last"``, the final linear layer in closed form, or ``"all"``, by one
             forward-mode pass.
-        hessian: H. Of the last layer ``"exact"``, that of its cross-entropy
-            (:func:`~hfkd.influence.last_layer_inverse_product`), or ``"identity"`` (first order); of all layers
-            ``"identity"``, ``"lissa"`` or ``"ekfac"`` (linear and convolution layers; needs
+        hessian: H. Of the last layer ``"exact"``, that of the cross-entropy of its outputs, also where the task has
+            others (AEKT; :func:`~hfkd.influence.last_layer_inverse_product`), or ``"identity"`` (first order); of all
+            layers ``"identity"``, ``"lissa"`` or ``"ekfac"`` (linear and convolution layers; needs
             ``pip install "hfkd[influence]"``). To first order, the mean of the features outweighs what tells samples
             apart.
         damping: δ, positive; None is a tenth of the mean eigenvalue for ``"exact"`` and ``"ekfac"`` (there layer by
@@ -195,8 +211,9 @@ class KDAIF(Wrapper):
 
     Raises:
         ValueError: If an argument is out of range or the base couples the samples of a batch; at setup without
-            ``held_out_dataset`` or with unlabelled samples in it, without a training set, if ``layers="last"`` and the
-            student ends in no linear layer, or with ``teacher_update="meta"`` on several processes.
+            ``held_out_dataset`` or with unlabelled samples in it, without a training set or if its column ``index``
+            repeats itself, if ``layers="last"`` and the student ends in no linear layer, or with
+            ``teacher_update="meta"`` or ``hessian="ekfac"`` on several processes.
 
     Source: arXiv 2501.02705, equations partly our reading: the released example's sign of φ differs between its
     notebooks and its queries are test images. Koh and Liang 2017, arXiv 1703.04730, for φ; Pham et al. 2021, arXiv
@@ -234,6 +251,8 @@ class KDAIF(Wrapper):
             if value not in choices:
                 where = f" with layers={layers!r}" if name == "hessian" else ""
                 raise ValueError(f"{name} must be one of {', '.join(choices)}{where}, got {value!r}")
+        if hessian == "ekfac" and importlib.util.find_spec("kronfluence") is None:
+            raise ValueError('hessian="ekfac" works by Kronfluence: pip install "hfkd[influence]", or use "lissa"')
         if damping is not None and not 0 < damping < float("inf"):
             raise ValueError(f"damping must be positive, got {damping}: None chooses it")
         if iterations < 1:
@@ -261,17 +280,27 @@ class KDAIF(Wrapper):
                 "KDAIF measures influence on held-out samples: pass held_out_dataset=, a split that is neither "
                 "trained nor tested on (in the examples: --held_out_fraction 0.1)"
             )
+        if isinstance(context.held_out_dataset, IterableDataset) or not len(context.held_out_dataset):
+            raise ValueError("the held-out set is a stream or empty: pass a map-style data set with some rows")
         held_out = dataset_labels(context.held_out_dataset)
-        if held_out is not None and (held_out == IGNORE_INDEX).any():
+        if held_out is not None and (held_out < 0).any():
             raise ValueError("the held-out set has samples without a label, which show no risk: remove them")
-        index, _ = _index_and_labels(context.train_dataset)
-        index = torch.from_numpy(index).sort().values
+        if context.train_dataset is None:
+            raise ValueError("KDAIF weighs the training samples: pass train_dataset=")
+        index = context.sample_index().sort().values
+        if (index[1:] == index[:-1]).any():
+            raise ValueError(
+                f"the column index of the training set has {len(index.unique())} different numbers in {len(index)} "
+                "rows, so that samples would share a weight: give every row a number of its own"
+            )
         self.register_buffer("sample_index", index, persistent=False)
         self.register_buffer("influence", torch.zeros(len(index)))
         self.register_buffer("weights", torch.ones(len(index)))
         self.register_buffer("refreshed", torch.tensor(-1))  # the epoch of the latest refresh
         if self.layers == "last":
             self._check_last_layer(context)
+        if self.hessian == "ekfac" and context.processes > 1:
+            raise ValueError('hessian="ekfac" works in one process: train on one, or use "lissa"')
         if self.teacher_update == "meta":
             if context.processes > 1:
                 raise ValueError(
@@ -311,7 +340,7 @@ class KDAIF(Wrapper):
         self._seen.append({**inputs, "answers": teacher.logits.detach().argmax(-1)})
         if not earlier:
             return torch.zeros_like(teacher.logits[:, 0])
-        logits = in_float32(run_model(model, earlier)).logits
+        logits = in_float32(run_model(model, in_precision_of(model, earlier))).logits
         return self.gain * F.cross_entropy(logits, earlier["answers"], reduction="none")
 
     def logged_values(self):
@@ -323,9 +352,24 @@ class KDAIF(Wrapper):
 
     def on_train_begin(self, context):
         super().on_train_begin(context)
+        is_new = not context.progress
+        if is_new and self.refreshed >= 0:  # a second run: those weights were of the first one's student
+            self.influence.zero_()
+            self.weights.fill_(1)
+            self.refreshed.fill_(-1)
+        if self.refreshed < 0 and (context.epochs - 1) / context.epochs < self.warm_up:
+            warnings.warn(
+                f"KDAIF weighs all samples alike in this run: its {context.epochs} epoch(s) end before the first "
+                f"refresh, at the epoch that starts at or behind {self.warm_up:.0%} of training. Train longer, or "
+                "lower warm_up (0 weighs from the first step on)",
+                UserWarning,
+                stacklevel=2,
+            )
         if self.teacher_update == "meta":
             self._seen.clear()
-            if self.risk.isnan():
+            if is_new:
+                self.gain.zero_()
+                self.kept.replace([])
                 self.risk.copy_(self._held_out_risk(context))
 
     def on_epoch_begin(self, context):
@@ -335,6 +379,11 @@ class KDAIF(Wrapper):
         # A run that resumes within an epoch comes here again: its weights are in the checkpoint.
         if is_warm and epoch > latest and (latest < 0 or epoch - latest >= self.refresh_epochs):
             self.refresh(context)
+
+    def on_load(self, context):
+        super().on_load(context)
+        if self.teacher_update == "meta":
+            self.kept.to(context.device)  # a checkpoint's tensors come on the CPU, and it had none to copy them to
 
     def on_step_end(self, context):
         super().on_step_end(context)
@@ -350,19 +399,21 @@ class KDAIF(Wrapper):
         index, labels, influence = (context.gather(part) for part in self._measure(context))
         order = index.argsort()
         index, labels, influence = index[order], labels[order], influence[order]
-        rows = self._rows(index)
-        self.influence[rows] = influence.to(self.influence)
-        self.weights[rows] = influence_weights(
-            self.influence[rows], weighting=self.weighting, sharpness=self.sharpness
-        )
+        if not torch.equal(index, self.sample_index):
+            raise ValueError(
+                "the column index of the training set is not 0, 1, …, and the set does not show it: give it an "
+                "`index` attribute, an array with one number a row, each another"
+            )
+        self.influence.copy_(influence)
+        self.weights.copy_(influence_weights(self.influence, weighting=self.weighting, sharpness=self.sharpness))
         self.refreshed.fill_(context.epoch)
         if context.is_main_process:
-            columns = {"index": index, "label": labels, "influence": influence, "weight": self.weights[rows]}
-            table = datasets.Dataset.from_dict({name: column.cpu().numpy() for name, column in columns.items()})
-            table = table.add_column("epoch", [context.epoch] * len(table))
+            columns = {"index": index, "label": labels, "influence": influence, "weight": self.weights}
+            columns["epoch"] = torch.full_like(index, context.epoch)
+            table = pa.table({name: column.cpu().numpy() for name, column in columns.items()})
             path = Path(context.output_dir, TABLE_FOLDER, f"epoch-{context.epoch:03d}.parquet")
             path.parent.mkdir(parents=True, exist_ok=True)
-            table.to_parquet(path.with_suffix(".part"))
+            pq.write_table(table, path.with_suffix(".part"))
             path.with_suffix(".part").replace(path)
 
     def _measure(self, context) -> tuple[Tensor, Tensor, Tensor]:
@@ -391,21 +442,24 @@ class KDAIF(Wrapper):
     @contextmanager
     def _at_rest(self, context) -> Iterator[tuple[_SampleLosses, _SampleLosses, Callable]]:
         """The losses of training and of held-out samples, and the teacher, with all models in evaluation mode."""
+        student, frozen = context.student, context.teacher
+        live = context.teacher_model if frozen is None else None  # a peer, or a teacher that learns too
 
+        @torch.no_grad()
         def teacher(batch: Mapping[str, Tensor]) -> ModelOutputs | None:
-            if context.teacher is not None:
-                return in_float32(context.teacher(batch))
-            if context.teacher_model is None:
+            if not self.base.needs_teacher:
                 return None
-            layers = self.base.teacher_layers
-            return in_float32(run_model(context.teacher_model, batch, layers=layers, prefix="teacher_"))
+            with context.autocast():  # it may be in a precision that needs it
+                if frozen is not None:
+                    return in_float32(frozen(batch))
+                return in_float32(run_model(live, batch, layers=self.base.teacher_layers, prefix="teacher_"))
 
-        student = context.student
-        context.align_buffers(student)
-        models = [model for model in (student, context.teacher_model, self.base) if model is not None]
         with ExitStack() as stack:
-            for model in models:
-                stack.enter_context(evaluating(model))
+            for model in (student, live):
+                if model is not None:
+                    context.align_buffers(model)
+                    stack.enter_context(evaluating(model))
+            stack.enter_context(evaluating(self.base))
             yield (
                 _SampleLosses(student, self.base, self.base),
                 _SampleLosses(student, None, self.base),
@@ -463,9 +517,9 @@ class KDAIF(Wrapper):
         features = outputs.features[f"{path}:input"]
         head = find_module(base_model(student), path)
         with torch.no_grad():
-            again = F.linear(features, head.weight, head.bias) if features.ndim == 2 else None
+            again = F.linear(features.to(head.weight), head.weight, head.bias) if features.ndim == 2 else None
         rounding = torch.finfo(head.weight.dtype).eps ** 0.5
-        if again is None or not torch.allclose(again, outputs.logits, rtol=rounding, atol=rounding):
+        if again is None or not torch.allclose(again.to(outputs.logits), outputs.logits, rtol=rounding, atol=rounding):
             raise ValueError(
                 f"the logits of {type(base_model(student)).__name__} are not the outputs of its last linear layer "
                 f'{path!r} alone, so that the gradient there has no closed form: use layers="all"'

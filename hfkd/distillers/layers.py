@@ -27,6 +27,17 @@ def to_common_size(student_map: Tensor, teacher_map: Tensor) -> tuple[Tensor, Te
     return F.adaptive_avg_pool2d(student_map, size), F.adaptive_avg_pool2d(teacher_map, size)
 
 
+class BatchOnlyNorm(nn.BatchNorm2d):
+    """BatchNorm by the batch alone: running averages would be each process's own, and nothing here is evaluated."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels, track_running_stats=False)
+
+    def forward(self, features: Tensor) -> Tensor:
+        one_value = features.numel() == features.shape[1]  # a batch of one vector has no variance
+        return features if one_value else super().forward(features)
+
+
 def check_coupled(reduction: str) -> None:
     """Refuse a loss per sample where samples are compared with each other."""
     if reduction != "mean":

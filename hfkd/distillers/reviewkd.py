@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hfkd.distillers.base import Ramp, reduce_batch
-from hfkd.distillers.layers import LayerDistiller
+from hfkd.distillers.layers import BatchOnlyNorm, LayerDistiller
 from hfkd.features import base_model, head_path, stage_paths
 
 
@@ -51,27 +51,16 @@ def hierarchical_context_loss(
     return reduce_batch(loss / total, reduction)
 
 
-class _BatchNorm(nn.BatchNorm2d):
-    """BatchNorm by the batch alone: running averages would be each process's own, and nothing here is evaluated."""
-
-    def __init__(self, channels: int):
-        super().__init__(channels, track_running_stats=False)
-
-    def forward(self, features: Tensor) -> Tensor:
-        one_value = features.numel() == features.shape[1]  # a batch of one vector has no variance
-        return features if one_value else super().forward(features)
-
-
 class _Fusion(nn.Module):
     """Attention-based fusion of a stage with what came from the deeper ones."""
 
     def __init__(self, student: Tensor, teacher: Tensor, width: int, *, deepest: bool):
         super().__init__()
         self.student_size, self.teacher_size = student.shape[2:], teacher.shape[2:]
-        self.conv1 = nn.Sequential(nn.Conv2d(student.shape[1], width, 1, bias=False), _BatchNorm(width))
+        self.conv1 = nn.Sequential(nn.Conv2d(student.shape[1], width, 1, bias=False), BatchOnlyNorm(width))
         self.attention = None if deepest else nn.Sequential(nn.Conv2d(2 * width, 2, 1), nn.Sigmoid())
         channels = teacher.shape[1]
-        self.conv2 = nn.Sequential(nn.Conv2d(width, channels, 3, padding=1, bias=False), _BatchNorm(channels))
+        self.conv2 = nn.Sequential(nn.Conv2d(width, channels, 3, padding=1, bias=False), BatchOnlyNorm(channels))
         for conv in (self.conv1[0], self.conv2[0]):
             nn.init.kaiming_uniform_(conv.weight, a=1)
 

@@ -8,6 +8,7 @@ import torch
 from helpers import TEXT, Rows, rows, tiny, tiny_teacher, tokenizer
 from torch import nn
 
+from hfkd.context import DistillationContext
 from hfkd.data import DistillationCollator
 from hfkd.distillers import Distiller, ModelOutputs
 from hfkd.features import run_model
@@ -28,6 +29,8 @@ class Context:
     teacher_model: nn.Module
     train_dataset: Rows
     progress: float = 0.0
+
+    sample_index = DistillationContext.sample_index
 
     def sample(self, size: int = 2) -> dict[str, torch.Tensor]:
         return collated(self.train_dataset, range(size))

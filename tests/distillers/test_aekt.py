@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import rows, tiny, tiny_teacher
+from helpers import make_trainer, rows, tiny, tiny_teacher
 from peft import LoraConfig, get_peft_model
 from references import STUDENT, TARGET, TEACHER, aekt, batch, over_labelled_batch, probabilities, without
 from setups import set_up
@@ -471,3 +471,12 @@ def test_a_task_head_that_is_not_the_tasks_is_refused_in_a_combination(wrap):
     assert Combined(parts, task_from="serial").has_task_head
     for order in ("classify_first", None):
         assert not Combined({"kd": KD(), "serial": wrap(AEKT(order=order))}, task_from="kd").has_task_head
+
+
+@pytest.mark.parametrize(("order", "rate"), [("classify_first", 1e-3), ("distill_first", 0.1)])
+def test_the_layer_has_a_learning_rate_for_its_place(tmp_path, order, rate):
+    distiller = AEKT(order=order)
+    trainer = make_trainer(tmp_path, tiny("bert"), tiny_teacher("bert"), distiller, rows("bert"), max_steps=1)
+    trainer.train()
+    rates = {id(p): group["lr"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert [rates[id(parameter)] for parameter in distiller.head.parameters()] == [rate, rate]

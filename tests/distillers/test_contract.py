@@ -101,7 +101,7 @@ METHODS = [
     (InContextKD, {"mode": "teacher_free", "neighbours": 2, "negatives": 4, "refresh": 0.3}),
     (KDAIF, {"warm_up": 0.0}),
     (KDAIF, {"base": WTTM(), "layers": "all", "hessian": "identity", "warm_up": 0.0}),
-    (KDAIF, {"base": FitNet(weight=0.1), "weighting": "exp_minmax", "warm_up": 0.0}),
+    (KDAIF, {"base": VID(), "weighting": "exp_minmax", "warm_up": 0.0}),
     (KDAIF, {"teacher_update": "weighted", "warm_up": 0.0}),
     (HiddenStates, {}),
     (HiddenStates, {"loss": "cosine"}),

@@ -2,7 +2,6 @@
 
 import math
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -10,7 +9,6 @@ from helpers import freeze_batch_norm, make_trainer, rows, tiny, tiny_teacher
 from setups import features, network, outputs, set_up
 
 from hfkd.distillers import CRD, WTTM, Combined
-from hfkd.distillers.crd import _index_and_labels
 from hfkd.functional import crd_loss
 
 
@@ -146,12 +144,6 @@ def test_indices_of_a_subset_find_their_rows():
     labels = dataset.columns["labels"][index.argsort()]
     drawn = distiller.draw_negatives(torch.arange(8))
     assert (labels[drawn] != labels[:, None]).all()
-
-
-def test_a_hub_data_set_shows_its_index_and_labels():
-    columns = {"index": [4, 2, 9], "label": [1, 0, -100], "text": ["a", "b", "c"]}
-    index, labels = _index_and_labels(datasets.Dataset.from_dict(columns))
-    assert (index.tolist(), labels.tolist()) == ([4, 2, 9], [1, 0, -100])
 
 
 # Memories

@@ -32,23 +32,32 @@ def test_shapes_that_differ_are_refused():
         hint_loss(torch.zeros(2, 3), torch.zeros(2, 3), reduction="sum")
 
 
-def test_the_middle_stages_are_compared_through_a_1x1_convolution():
+def test_the_middle_stages_are_compared_through_convolution_norm_and_relu():
     distiller = FitNet(weight=100.0)
     where = set_up(distiller, network("resnet8"), network("resnet8x4", seed=1))
     assert (distiller.student_layers, distiller.teacher_layers) == (("layer2",), ("layer2",))
-    (projector,) = distiller.projectors
+    ((projector, norm, _),) = distiller.projectors
+    with torch.no_grad():
+        norm.weight.uniform_(0.5, 1.5)
+        norm.bias.uniform_(-0.5, 0.5)
     assert projector.weight.shape == (128, 32, 1, 1)
     assert projector.weight.dtype == torch.float64
     student, teacher, batch = outputs(where, distiller)
     terms = distiller(student, teacher, batch)
     own, hint = student.features["layer2"].detach().numpy(), teacher.features["layer2"].numpy()
     weight, bias = projector.weight[:, :, 0, 0].detach().numpy(), projector.bias.detach().numpy()
+    projected = np.zeros_like(hint)
     for i in range(4):
-        projected = np.zeros_like(hint[i])
         for y in range(own.shape[2]):
             for x in range(own.shape[3]):
-                projected[:, y, x] = weight @ own[i, :, y, x] + bias
-        assert terms["fitnet"][i].item() == pytest.approx(100 * ((projected - hint[i]) ** 2).mean(), rel=1e-10)
+                projected[i, :, y, x] = weight @ own[i, :, y, x] + bias
+    gain, shift = norm.weight.detach().numpy(), norm.bias.detach().numpy()
+    for c in range(128):
+        values = projected[:, c]
+        projected[:, c] = gain[c] * (values - values.mean()) / np.sqrt(values.var() + 1e-5) + shift[c]
+    for i in range(4):
+        expected = 100 * ((projected[i].clip(0) - hint[i]) ** 2).mean()
+        assert terms["fitnet"][i].item() == pytest.approx(expected, rel=1e-10)
     torch.testing.assert_close(
         terms["task"], nn.functional.cross_entropy(student.logits, batch["labels"], reduction="none")
     )

@@ -22,7 +22,7 @@ from helpers import (
 from references import STUDENT, batch, kd, over_batch, probabilities
 from torch.utils.data import Subset
 
-from hfkd.distillers import DML, KD, Combined, InContextKD, ModelOutputs
+from hfkd.distillers import DML, KD, KDAIF, Combined, InContextKD, ModelOutputs
 from hfkd.features import dataset_features
 from hfkd.functional import aggregate_context, kd_loss, nicd_loss, picd_loss
 from hfkd.memory import MISSING, MemoryBank, find_neighbours
@@ -465,6 +465,15 @@ def test_a_pass_leaves_models_and_random_numbers_as_they_were(tmp_path, family, 
     assert family != "cifar" or batch_norms(trainer.model)
 
 
+def test_a_second_run_starts_without_context(tmp_path):
+    distiller = InContextKD("teacher_free", neighbours=2, negatives=4, refresh=0.5)
+    trainer = make_trainer(tmp_path, tiny("bert"), None, distiller, rows("bert"), max_steps=4)
+    for _ in range(2):
+        trainer.train()
+        assert distiller.student_bank.is_filled
+    assert [picd > 0 for picd in logged(trainer, "picd")] == [False, False, True, True]
+
+
 def test_a_subset_and_a_budget_of_labels_work(tmp_path):
     dataset = rows("bert", 30)
     dataset.columns["labels"][::4] = -100
@@ -500,6 +509,15 @@ def test_what_it_cannot_work_with_is_refused(tmp_path):
         make_trainer(tmp_path, tiny("bert"), tiny_teacher("bert"), small("online"), rows("bert"))
     with pytest.raises(ValueError, match="InContextKD uses no teacher: leave out teacher_model"):
         make_trainer(tmp_path, tiny("bert"), tiny_teacher("bert"), small("teacher_free"), rows("bert"))
+    with pytest.raises(ValueError, match="another method trains the teacher here: leave it frozen"):
+        make_trainer(
+            tmp_path,
+            tiny("bert"),
+            tiny_teacher("bert"),
+            KDAIF(small(), teacher_update="weighted"),
+            rows("bert"),
+            trainer={"held_out_dataset": rows("bert", 7, seed=9)},
+        )
     for mode, option in (("offline", {"refresh": 0.5}), ("offline", {"peer": tiny("bert")}),
                          ("offline", {"student_layers": "a"}), ("teacher_free", {"teacher_layers": "a"})):  # fmt: skip
         with pytest.raises(ValueError, match=f"{next(iter(option))} has no meaning with mode='{mode}': leave it out"):

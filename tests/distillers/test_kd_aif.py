@@ -1,5 +1,8 @@
 """KD-AIF: weights from influence, over any method with terms per sample."""
 
+import warnings
+from types import SimpleNamespace
+
 import datasets
 import numpy as np
 import pytest
@@ -8,9 +11,12 @@ import torch.nn.functional as F
 from helpers import assert_identical, logged, make_trainer, rows, tiny, tiny_teacher, weights
 from sklearn.metrics import roc_auc_score
 from torch import nn
+from torch.utils.data import IterableDataset, Subset
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from hfkd import TeacherEnsemble
+from hfkd.context import DistillationContext
 from hfkd.data import ImageDataset, load_image_data, processor_for
 from hfkd.distillers import CRD, DKD, DML, KD, KDAIF, WTTM, Combined, ModelOutputs, StudentAlone
 from hfkd.features import run_model
@@ -18,13 +24,13 @@ from hfkd.functional import influence_weights, kd_loss
 from hfkd.models import load_model
 
 
-def aif_trainer(folder, distiller, family="cifar", *, n=12, teacher=True, dataset=None, **arguments):
+def aif_trainer(folder, distiller, family="cifar", *, n=12, teacher=True, teachers=None, dataset=None, **arguments):
     data = rows(family, n) if dataset is None else dataset
     student = tiny(family)
     return make_trainer(
         folder,
         student,
-        tiny_teacher(family) if teacher else None,
+        tiny_teacher(family) if teacher else teachers,
         distiller,
         data,
         trainer={"held_out_dataset": rows(family, 7, seed=9)},
@@ -380,6 +386,144 @@ def test_flipped_labels_weigh_less_than_clean_ones(tmp_path):
     assert roc_auc_score(~flipped, distiller.weights.numpy()[order]) > 0.8
 
 
+def test_several_teachers_are_asked_as_in_training(tmp_path):
+    teachers = [tiny_teacher("bert", seed=seed) for seed in (4, 5)]
+    distiller = KDAIF(KD(alpha=0.5), hessian="identity", warm_up=0.0)
+    trainer = aif_trainer(tmp_path, distiller, "bert", teacher=False, teachers=teachers)
+    trainer.train()
+    parameters = last_parameters(trainer.model)
+    distiller.refresh(trainer.context)
+
+    class Mean(nn.Module):
+        def forward(self, **inputs):
+            logits = TeacherEnsemble(teachers).combine([teacher.eval()(**inputs).logits for teacher in teachers])
+            return SequenceClassifierOutput(logits=logits)
+
+    mean = Mean()
+    mean.get_base_model, mean.peft_config = lambda: teachers[0], {}
+    trainer.teacher_model = mean
+    of_risk, per_sample = gradients_one_by_one(trainer, distiller, parameters)
+    expected = -per_sample @ of_risk
+    torch.testing.assert_close(distiller.influence, expected, rtol=1e-3, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("options", [{}, {"layers": "all", "hessian": "identity"}, {"teacher_update": "meta"}])
+@pytest.mark.parametrize("half", ["student", "teacher", "both"])
+def test_models_in_half_precision_are_measured_too(tmp_path, half, options):
+    """Whose parameters are bfloat16, as of a checkpoint that is loaded so, in a run with bf16."""
+    measured = []
+    for dtype in (torch.float32, torch.bfloat16):
+        student, teacher = tiny("cifar"), tiny_teacher("cifar")
+        models = {"student": [student], "teacher": [teacher], "both": [student, teacher]}[half]
+        for model in models:
+            model.to(dtype)
+        distiller = KDAIF(KD(alpha=0.5), warm_up=0.0, **options)
+        trainer = make_trainer(
+            tmp_path,
+            student,
+            teacher,
+            distiller,
+            rows("cifar", 12),
+            trainer={"held_out_dataset": rows("cifar", 7, seed=9)},
+            bf16=True,
+            max_steps=2,
+            learning_rate=0.0,
+        )
+        trainer.train()
+        measured.append(distiller.influence)
+    assert np.corrcoef(*measured)[0, 1] > 0.99
+
+
+def test_a_second_run_starts_anew(tmp_path):
+    """The weights of the first run's student are not those of the second one's warm-up."""
+    distiller = KDAIF(warm_up=0.4, teacher_update="meta")
+    trainer = aif_trainer(tmp_path, distiller, "bert", max_steps=-1, num_train_epochs=3)
+    trainer.train()
+    first, seen = distiller.weights.clone(), len(trainer.state.log_history)
+    trainer.train()
+    log = [entry for entry in trainer.state.log_history[-seen:] if "effective_samples" in entry]
+    effective = [entry["effective_samples"] for entry in log]
+    assert effective[:6] == pytest.approx([1.0] * 6)
+    assert max(effective[6:]) < 0.95
+    assert log[0]["teacher_meta"] == 0
+    assert not torch.equal(distiller.weights, first)
+
+
+@pytest.mark.parametrize("epochs", [1, 0.5])
+def test_a_run_that_ends_before_the_first_refresh_says_so(tmp_path, epochs):
+    def trainer(warm_up):
+        return aif_trainer(tmp_path, KDAIF(warm_up=warm_up), "bert", max_steps=-1, num_train_epochs=epochs)
+
+    with pytest.warns(UserWarning, match=r"alike in this run: its 1 epoch\(s\) end before .* lower warm_up"):
+        trainer(0.1).train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        trainer(0.0).train()
+
+
+def test_a_subset_has_the_numbers_of_its_rows(tmp_path):
+    chosen = [15, 3, 8, 9, 4, 0, 12]
+    subset, distiller = Subset(rows("bert", 16), chosen), KDAIF(warm_up=0.0)
+    aif_trainer(tmp_path, distiller, "bert", dataset=subset).train()
+    assert distiller.sample_index.tolist() == sorted(chosen)
+    assert (distiller.influence != 0).all()
+
+
+def test_a_hub_data_set_may_have_narrow_numbers(tmp_path):
+    columns = {name: column.tolist() for name, column in rows("bert", 12).columns.items()}
+    hub = datasets.Dataset.from_dict(columns).cast_column("index", datasets.Value("int32"))
+    distiller = KDAIF(warm_up=0.0)
+    aif_trainer(tmp_path, distiller, "bert", dataset=hub).train()
+    assert (distiller.influence != 0).all()
+
+
+def test_samples_that_cannot_be_told_apart_are_refused(tmp_path):
+    repeated = rows("bert", 12)
+    repeated.columns["index"] = torch.arange(12) % 6
+    with pytest.raises(ValueError, match="is not 0, 1, …, and the set does not show it: give it an `index` attribute"):
+        aif_trainer(tmp_path, KDAIF(warm_up=0.0), "bert", dataset=repeated).train()
+    repeated.index = repeated.columns["index"].numpy()
+    with pytest.raises(ValueError, match="6 different numbers in 12 rows, so that samples would share a weight"):
+        aif_trainer(tmp_path, KDAIF(), "bert", dataset=repeated)
+
+
+def test_a_teacher_that_is_to_learn_must_not_be_frozen(tmp_path):
+    """As one is that taught an earlier run in the same program."""
+    teacher = tiny_teacher("bert")
+    make_trainer(tmp_path, tiny("bert"), teacher, KD(), rows("bert"))
+    with pytest.raises(ValueError, match=r"all its parameters are frozen.*call teacher.requires_grad_\(True\) first"):
+        make_trainer(
+            tmp_path,
+            tiny("bert"),
+            teacher,
+            KDAIF(teacher_update="weighted"),
+            rows("bert"),
+            trainer={"held_out_dataset": rows("bert", 7, seed=9)},
+        )
+
+
+def test_the_statistics_of_a_learning_teacher_are_aligned_too(tmp_path, monkeypatch):
+    aligned = []
+    monkeypatch.setattr(DistillationContext, "align_buffers", lambda _, model: aligned.append(model))
+    for update in ("none", "weighted"):
+        distiller = KDAIF(teacher_update=update)
+        trainer = aif_trainer(tmp_path, distiller, "cifar")
+        aligned.clear()
+        distiller.refresh(trainer.context)
+        learning = [] if update == "none" else [trainer.teacher_model]
+        assert len(aligned) == 1 + len(learning)
+        assert all(one is other for one, other in zip(aligned, [trainer.model, *learning], strict=True))
+
+
+def test_kept_batches_come_back_to_the_device(tmp_path):
+    """The checkpoint's are on the CPU; here the device is one without values."""
+    distiller = KDAIF(teacher_update="meta")
+    aif_trainer(tmp_path, distiller, "bert")
+    distiller.load_state_dict({**distiller.state_dict(), "kept.0/input_ids": torch.ones(2, 3)})
+    distiller.on_load(SimpleNamespace(device=torch.device("meta")))
+    assert distiller.kept.get(0)["input_ids"].device.type == "meta"
+
+
 REFUSED = [
     ({"base": Combined({"kd": KD(), "crd": CRD()}, task_from="kd")}, "Combined mixes the samples of a batch"),
     ({"base": DML(), "teacher_update": "weighted"}, "DML trains or makes its own"),
@@ -393,20 +537,62 @@ def test_what_does_not_fit_is_refused(arguments, message):
         KDAIF(**arguments)
 
 
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(rows("bert", 7))
+
+
 def test_a_held_out_set_with_labels_is_needed(tmp_path):
     with pytest.raises(ValueError, match="pass held_out_dataset="):
         make_trainer(tmp_path, tiny("bert"), tiny_teacher("bert"), KDAIF(), rows("bert"))
-    held_out = rows("bert", 7)
-    held_out.columns["labels"][0] = -100
-    with pytest.raises(ValueError, match="samples without a label"):
-        make_trainer(
+    for nothing in (Stream(), Subset(rows("bert", 7), [])):
+        with pytest.raises(ValueError, match="a stream or empty: pass a map-style data set"):
+            make_trainer(
+                tmp_path,
+                tiny("bert"),
+                tiny_teacher("bert"),
+                KDAIF(),
+                rows("bert"),
+                trainer={"held_out_dataset": nothing},
+            )
+    for no_label in (-100, -1):  # -1: a benchmark's hidden ones
+        held_out = rows("bert", 7)
+        held_out.columns["labels"][0] = no_label
+        with pytest.raises(ValueError, match="samples without a label"):
+            make_trainer(
+                tmp_path,
+                tiny("bert"),
+                tiny_teacher("bert"),
+                KDAIF(),
+                rows("bert"),
+                trainer={"held_out_dataset": held_out},
+            )
+
+
+def test_ekfac_is_refused_before_the_run_where_it_cannot_work(tmp_path, monkeypatch):
+    distiller = KDAIF(layers="all", hessian="ekfac")
+    monkeypatch.setattr(DistillationContext, "processes", 2)
+    with pytest.raises(ValueError, match="works in one process: train on one"):
+        aif_trainer(tmp_path, distiller, "bert")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r'pip install "hfkd\[influence\]"'):
+        KDAIF(layers="all", hessian="ekfac")
+
+
+def test_several_teachers_teach_under_it(tmp_path):
+    weighted = []
+    for teachers in ([tiny_teacher("bert"), tiny_teacher("bert")], tiny_teacher("bert")):
+        trainer = make_trainer(
             tmp_path,
             tiny("bert"),
-            tiny_teacher("bert"),
-            KDAIF(),
+            teachers,
+            KDAIF(warm_up=0.0),
             rows("bert"),
-            trainer={"held_out_dataset": held_out},
+            trainer={"held_out_dataset": rows("bert", 7, seed=9)},
         )
+        trainer.train()
+        weighted.append(trainer.distiller.weights)
+    torch.testing.assert_close(*weighted)
 
 
 def test_a_student_without_a_linear_end_is_refused(tmp_path):
