@@ -42,6 +42,8 @@ setup(
         "torchvision>=0.21",
         "matplotlib>=3.9",
         "tqdm>=4.66",
+        "filelock>=3.12",
+        "pyarrow>=21",
     ],
     extras_require={
         "influence": INFLUENCE,

@@ -78,8 +78,13 @@ class TrainingArguments(DistillationTrainingArguments):
     logging_steps: float = field(default=50, metadata={"help": "Steps between log lines."})
 
 
-def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> dict[str, float]:
-    """Train, evaluate on validation and test, save; return what all_results.json holds."""
+def run(
+    model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments, only_warm: bool = False
+) -> dict[str, float]:
+    """Train, evaluate on validation and test, save; return what all_results.json holds.
+
+    With ``only_warm`` fill the teacher's cache instead.
+    """
     if model_args.teacher is None and model_args.student is None:
         raise ValueError("name a --student, or a --teacher to cut the student out of")
     distiller = None
@@ -168,6 +173,8 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
         teacher_processing_class=teacher_tokenizer,
     )
 
+    if only_warm:
+        return trainer.warm_teacher_cache()
     results = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics
     results["world_size"] = args.world_size
     unlabelled = {}

@@ -63,6 +63,9 @@ class DataArguments:
         default=None, metadata={"help": "crop_flip, flip, crop or none; by default crop_flip, and crop for digits."}
     )
     rand_augment: str | None = field(default=None, metadata={"help": "A timm specification such as rand-m9-mstd0.5."})
+    views: int | None = field(
+        default=None, metadata={"help": "Draw augmentation from so many views of a sample, as --teacher_cache needs."}
+    )
     mixup_alpha: float = field(default=0.0, metadata={"help": "Mixup on the batch."})
     cutmix_alpha: float = field(default=0.0, metadata={"help": "CutMix on the batch."})
 
@@ -90,8 +93,12 @@ def run(
     data_args: DataArguments,
     args: TrainingArguments,
     distiller: Distiller | None = None,
+    only_warm: bool = False,
 ) -> dict[str, float]:
-    """Train, evaluate on validation and test, save; return what all_results.json holds."""
+    """Train, evaluate on validation and test, save; return what all_results.json holds.
+
+    With ``only_warm`` fill the teacher's cache instead.
+    """
     if model_args.distiller is not None:
         distiller = make_distiller(model_args.distiller, **json.loads(model_args.distiller_kwargs))
     data = load_image_data(
@@ -127,6 +134,7 @@ def run(
             cutmix_alpha=data_args.cutmix_alpha,
             num_labels=data.num_labels,
             seed=args.data_seed or 0,
+            views=data_args.views,
         )
         return DistillationTrainer(
             student,
@@ -176,6 +184,8 @@ def run(
     )
     trainer, test = trainer_for(student, model_args.student, args, teacher, teacher_name, distiller)
 
+    if only_warm:
+        return trainer.warm_teacher_cache()
     results = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics
     results["world_size"] = args.world_size
     for split, dataset in (("eval", trainer.eval_dataset), ("test", test)):

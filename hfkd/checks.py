@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -12,6 +13,8 @@ from torch import nn
 from torch.utils.data import Dataset, IterableDataset, Subset
 from transformers import PretrainedConfig, TrainingArguments
 
+from hfkd.data import ImageDataset
+from hfkd.data.task_data import TEACHER_COLUMNS
 from hfkd.distillers.base import IGNORE_INDEX, Distiller
 from hfkd.labels import align_labels, head_looks_new, named_labels
 from hfkd.teacher import TeacherEnsemble
@@ -44,6 +47,13 @@ def dataset_labels(dataset: Dataset | None) -> np.ndarray | None:
         return None if labels is None else labels[list(dataset.indices)]
     labels = getattr(dataset, "labels", None)
     return None if labels is None else np.asarray(labels)
+
+
+def innermost(dataset: Dataset | None) -> Dataset | None:
+    """The data set that subsets are of."""
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    return dataset
 
 
 def dataset_index(dataset: Dataset) -> np.ndarray:
@@ -161,6 +171,87 @@ def check_ensemble(ensemble: TeacherEnsemble, problem_type: str, distiller: Dist
             "teachers of numbers have no probabilities to average, nor a cross-entropy: pass "
             'teacher_model=TeacherEnsemble([...], average="logits")'
         )
+
+
+def teacher_column(dataset: Dataset | None, config: PretrainedConfig) -> str | None:
+    """The column of a training set that holds a teacher's answers, after a look at them; None where there is none.
+
+    Raises:
+        ValueError: If there are two, or the answers do not fit the student's classes.
+    """
+    inner = innermost(dataset)
+    if inner is None or isinstance(inner, IterableDataset):
+        return None
+    columns = getattr(inner, "column_names", None)
+    found = [name for name in TEACHER_COLUMNS if name in (columns if isinstance(columns, list) else list(inner[0]))]
+    if len(found) > 1:
+        raise ValueError(f"the training set has {' and '.join(found)}: drop one, the student learns from the other")
+    if not found:
+        return None
+    (name,) = found
+    if isinstance(inner, datasets.Dataset):
+        answers = inner.with_format("numpy")[name][:]
+    else:
+        answers = inner.answers[name] if isinstance(inner, ImageDataset) else [row[name] for row in inner]
+    try:
+        answers = np.stack([np.asarray(answer, dtype=np.float64).reshape(-1) for answer in answers])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must hold {config.num_labels} numbers for every sample: {error}") from error
+    if answers.shape[1] != config.num_labels:
+        raise ValueError(
+            f"{name} has {answers.shape[1]} numbers a sample, and the student {config.num_labels} classes: give one "
+            "for each class, in the student's order"
+        )
+    wrong = ~np.isfinite(answers).all(1)
+    if name == "teacher_probabilities":
+        if config.num_labels == 1:
+            raise ValueError("regression has no probabilities: name the column teacher_logits")
+        wrong |= (answers < 0).any(1) | (np.abs(answers.sum(1) - 1) > 0.01)
+    if wrong.any():
+        remedy = "" if name == "teacher_logits" else ", or call them teacher_logits if that is what they are"
+        row = int(np.flatnonzero(wrong)[0])
+        raise ValueError(
+            f"{name} of row {row} is {answers[row].round(3).tolist()[:5]} (and {wrong.sum() - 1} more are wrong): it "
+            f"takes finite numbers, and of probabilities that they add up to 1{remedy}. Drop rows without an answer"
+        )
+    return name
+
+
+def check_cache(args: TrainingArguments, dataset: Dataset | None, teacher: nn.Module) -> None:
+    """Refuse a teacher's cache where its answers would not be the teacher's, or would be published.
+
+    A data set that hides a random augmentation of its own is recognised when its inputs are read.
+    """
+    remedy = "or leave out teacher_cache"
+    if isinstance(teacher, TeacherEnsemble) and teacher.weighting != "equal":
+        raise ValueError(
+            f'the weights of an ensemble with weighting="cross_entropy" depend on the labels: use "equal", {remedy}'
+        )
+    if dataset is None or isinstance(dataset, IterableDataset):
+        raise ValueError(f"the teacher's answers are kept by sample: pass a map-style train_dataset, {remedy}")
+    inner = innermost(dataset)
+    if getattr(inner, "soft_labels", False):
+        raise ValueError(f"Mixup and CutMix make samples that never come again: turn them off, {remedy}")
+    if getattr(inner, "is_augmented", False) and inner.number_of_views is None:
+        raise ValueError(
+            "the training set is augmented anew in every epoch: pass ImageDataset(..., views=V) to draw from V views "
+            f"of each sample, which the teacher's cache then holds, {remedy}"
+        )
+    if isinstance(inner, datasets.Dataset) and inner.format["type"] == "custom":
+        raise ValueError(
+            "the training set has a transform, which may give other inputs each time: store what it makes with "
+            f"dataset.map, or use hfkd.data.ImageDataset, {remedy}"
+        )
+    columns = getattr(inner, "column_names", None)
+    if "index" not in (columns if isinstance(columns, list) else list(inner[0])):
+        raise ValueError(
+            "the teacher's answers are kept by the column index, which the training set lacks: add it with "
+            f'dataset.add_column("index", list(range(len(dataset)))), {remedy}'
+        )
+    if isinstance(args.teacher_cache, str):
+        folder, output = (Path(path).expanduser().resolve() for path in (args.teacher_cache, args.output_dir))
+        if folder.is_relative_to(output):
+            raise ValueError(f"a push uploads all of {args.output_dir}: put teacher_cache= elsewhere, {remedy}")
 
 
 def check_processes(args: TrainingArguments, accelerator: Accelerator) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from hfkd.checks import dataset_index
-from hfkd.teacher import TeacherEnsemble
+from hfkd.teacher import ColumnTeacher, DeferredTeacher, TeacherEnsemble
 
 
 if TYPE_CHECKING:
+    from hfkd.cache import TeacherCache
     from hfkd.teacher import Teacher, Teachers
     from hfkd.trainer import DistillationTrainer
 
@@ -33,22 +34,29 @@ class DistillationContext:
         return self._trainer.model
 
     @property
-    def teacher(self) -> Teacher | Teachers | None:
+    def teacher(self) -> Teacher | Teachers | ColumnTeacher | TeacherCache | None:
         """Where teacher outputs come from: call it with a batch. None without a frozen teacher."""
-        return self._trainer.teacher
+        return self._trainer.teacher if self._trainer.cache is None else self._trainer.cache
 
     @property
     def teacher_model(self) -> nn.Module | None:
         """The teacher's weights, frozen or trained, where a model is the source.
 
         Raises:
-            ValueError: If several models are, which have no layers in common.
+            ValueError: If several models are, which have no layers in common, or a column of the data.
         """
+        if isinstance(self._trainer.teacher, ColumnTeacher):
+            raise ValueError(
+                f"{type(self._trainer.distiller).__name__} looks inside its teacher, and a column holds only what it "
+                "said: pass teacher_model=, or choose a method of logits such as KD()"
+            )
         if isinstance(self._trainer.teacher_model, TeacherEnsemble):
             raise ValueError(
                 f"{type(self._trainer.distiller).__name__} looks inside its teacher, and an ensemble has only logits: "
                 "pass one teacher_model, or choose a method of logits such as KD()"
             )
+        if isinstance(self._trainer.teacher, DeferredTeacher):
+            self._trainer.teacher.materialize()
         return self._trainer.teacher_model
 
     @property
@@ -127,13 +135,12 @@ class DistillationContext:
         plain = self._plain(dataset)
         accelerator = self._trainer.accelerator
         share = range(accelerator.process_index, len(plain), self.processes)
-        for batch in self._loader(Subset(plain, share), self._trainer.args.eval_batch_size):
-            yield self._trainer._with_labels(self._trainer._prepare_inputs(batch))
+        for batch in self.loader(Subset(plain, share), self._trainer.args.eval_batch_size):
+            yield self._prepared(batch, dataset)
 
     def take(self, dataset: Dataset, rows: Sequence[int]) -> dict[str, Tensor]:
         """Some rows of a dataset as one batch, un-augmented, collated as in training and on the device."""
-        batch = next(iter(self._loader(Subset(self._plain(dataset), rows), len(rows))))
-        return self._trainer._with_labels(self._trainer._prepare_inputs(batch))
+        return self._prepared(next(iter(self.loader(Subset(self._plain(dataset), rows), len(rows)))), dataset)
 
     def sample(self, size: int = 2) -> dict[str, Tensor]:
         """The first training samples: un-augmented and collated as in training: enough to learn shapes in ``setup``.
@@ -146,7 +153,7 @@ class DistillationContext:
         plain = self._plain(self.train_dataset)
         if not isinstance(plain, IterableDataset):
             plain = Subset(plain, range(min(size, len(plain))))
-        return self._trainer._prepare_inputs(next(iter(self._loader(plain, size))))
+        return self._trainer._prepare_inputs(next(iter(self.loader(plain, size))))
 
     def sample_index(self) -> Tensor:
         """The column ``index`` of the training set, in its order; 0, 1, … where the set shows none.
@@ -171,12 +178,19 @@ class DistillationContext:
             for buffer in model.buffers():
                 broadcast(buffer)
 
+    def _prepared(self, batch: Mapping[str, Tensor], dataset: Dataset) -> dict[str, Tensor]:
+        batch = self._trainer._with_labels(self._trainer._prepare_inputs(batch))
+        if dataset is self.train_dataset:
+            return self._trainer._with_view(batch)
+        return {name: column for name, column in batch.items() if name != "view"}  # whose numbers are another set's
+
     def _plain(self, dataset: Dataset) -> Dataset:
         if isinstance(dataset, Subset):
             return Subset(self._plain(dataset.dataset), dataset.indices)
         return getattr(dataset, "without_augmentation", lambda: dataset)()
 
-    def _loader(self, dataset: Dataset, batch_size: int) -> DataLoader:
+    def loader(self, dataset: Dataset, batch_size: int) -> DataLoader:
+        """All rows of a dataset, in order, collated as in training, on no device yet."""
         # Not one of Accelerate's: those repeat rows, and keep hold of a loader that is left half-way.
         collate = self._trainer._get_collator_with_removed_columns(self._trainer.data_collator)
         # With a generator of its own, or it would draw a seed from the one that training uses.

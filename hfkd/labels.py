@@ -47,7 +47,7 @@ def head_looks_new(model: nn.Module) -> bool:
     loading a teacher through ``hfkd.models.load_model(..., refuse_new_head=True)`` is exact.
     """
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    if not linear or linear[-1].bias is None:
+    if not linear or linear[-1].bias is None or linear[-1].bias.is_meta:
         return False
     weight, bias = linear[-1].weight.detach().float(), linear[-1].bias.detach().float()
     spread, count = weight.std().item(), weight.numel()

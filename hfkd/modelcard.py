@@ -15,7 +15,7 @@ from torch import nn
 
 from hfkd.distillers.base import Distiller
 from hfkd.features import base_model
-from hfkd.teacher import members_of
+from hfkd.teacher import ColumnTeacher, members_of
 
 
 if TYPE_CHECKING:
@@ -128,7 +128,10 @@ def write_model_card(
     student, teacher = trainer.model, trainer.teacher_model
     parameters = sum(p.numel() for p in student.parameters())
     text = [f"# {model_name}", ""]
-    if teacher is None:
+    if isinstance(trainer.teacher, ColumnTeacher):
+        column = trainer.teacher.column
+        text += [f"{type(student).__name__} with {parameters:,} parameters, taught by its data's column `{column}`."]
+    elif teacher is None:
         text += [f"{type(student).__name__} with {parameters:,} parameters, trained without a teacher."]
     else:
         teacher_parameters = sum(p.numel() for p in teacher.parameters())

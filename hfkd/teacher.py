@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -120,8 +120,17 @@ class Teacher:
         if dtype not in (None, next(model.parameters()).dtype):
             model = copy.deepcopy(model).to(dtype)  # the caller's stays as it is
         self.model = model.eval().requires_grad_(False).to(device)
-        self.layers, self.dtype = tuple(layers), dtype
+        self.layers, self.dtype, self.device = tuple(layers), dtype, device
         self.label_order = None if label_order is None else torch.tensor(label_order, device=device)
+
+    @property
+    def precision(self) -> str:
+        """In which it would answer here and now: by its own dtype, else the autocast around it, else its weights'."""
+        parameter, dtype = next(self.model.parameters()), self.dtype
+        device = (self.device or parameter.device).type
+        if dtype is None and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        return str(dtype or parameter.dtype).removeprefix("torch.")
 
     @torch.no_grad()
     def __call__(self, batch: Mapping[str, Tensor]) -> ModelOutputs:
@@ -145,6 +154,66 @@ class Teacher:
         return replace(outputs, logits=outputs.logits[:, self.label_order])
 
 
+class DeferredTeacher(Teacher):
+    """A teacher whose weights are loaded when somebody needs them: behind a full cache, never.
+
+    Args:
+        outline: The model on the device ``meta``; it becomes the loaded one in place.
+        load: Gives the model.
+        **options: As for :class:`Teacher`.
+    """
+
+    def __init__(self, outline: nn.Module, load: Callable[[], nn.Module], **options):
+        self.model, self.load, self.options = outline, load, options
+        self.layers, self.dtype, self.device = (), options["dtype"], options["device"]
+        self.label_order = None if options["label_order"] is None else torch.tensor(options["label_order"])
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the weights are there."""
+        return not next(self.model.parameters()).is_meta
+
+    def materialize(self) -> None:
+        """Load the weights if they are not there."""
+        if not self.is_loaded:
+            vars(self.model).update(vars(self.load()))
+            super().__init__(self.model, **{**self.options, "layers": self.layers})
+
+    def __call__(self, batch: Mapping[str, Tensor]) -> ModelOutputs:
+        """As :class:`Teacher`'s."""
+        self.materialize()
+        return super().__call__(batch)
+
+
+class ColumnTeacher:
+    """Answers that are a column of the training set, bought once from a model that is not here.
+
+    Args:
+        column: ``"teacher_logits"``, or ``"teacher_probabilities"``, whose logarithms stand for the logits: the same
+            up to a number for each sample, which no softmax sees.
+    """
+
+    def __init__(self, column: str):
+        self.column = column
+
+    def __call__(self, batch: Mapping[str, Tensor]) -> ModelOutputs:
+        """The answers to a batch that holds them.
+
+        Raises:
+            ValueError: If it does not.
+        """
+        if self.column not in batch:
+            raise ValueError(
+                f"the batch has no {self.column}, only {', '.join(batch)}: let the data collator keep the column "
+                "(hfkd.data.DistillationCollator does)"
+            )
+        answers = batch[self.column]
+        answers = answers.reshape(len(answers), -1).float()
+        if self.column == "teacher_probabilities":
+            answers = answers.clamp(min=torch.finfo(answers.dtype).tiny).log()
+        return ModelOutputs(answers)
+
+
 class Teachers:
     """The frozen members of an ensemble, asked at every step for one answer; without features.
 
@@ -155,6 +224,11 @@ class Teachers:
 
     def __init__(self, ensemble: TeacherEnsemble, members: Sequence[Teacher]):
         self.ensemble, self.members = ensemble, tuple(members)
+
+    @property
+    def precision(self) -> str:
+        """In which the members would answer here and now."""
+        return ", ".join(dict.fromkeys(member.precision for member in self.members))
 
     def __call__(self, batch: Mapping[str, Tensor]) -> ModelOutputs:
         """What the ensemble says about a batch, in float32 and without gradient.

@@ -3,35 +3,54 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import safetensors.torch
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, Subset
 from tqdm.auto import tqdm
 from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 
+from hfkd.cache import TeacherCache, describe
 from hfkd.checks import (
+    check_cache,
     check_columns,
     check_ensemble,
     check_labels,
     check_processes,
     check_teacher,
     dataset_labels,
+    innermost,
     problem_type_of,
+    teacher_column,
 )
 from hfkd.context import DistillationContext
 from hfkd.data import DistillationCollator
 from hfkd.distillers import KD, Distiller, ModelOutputs, StudentAlone
 from hfkd.distillers.base import IGNORE_INDEX, HardLabelLoss, autocast_off, weighted_mean
-from hfkd.features import base_model, detached, find_module, in_float32, input_names, run_model, use_channels_last
+from hfkd.features import (
+    base_model,
+    detached,
+    find_module,
+    in_float32,
+    input_names,
+    probe,
+    run_model,
+    use_channels_last,
+)
+from hfkd.labels import named_labels
 from hfkd.modelcard import write_model_card
-from hfkd.teacher import Teacher, TeacherEnsemble, Teachers, members_of
+from hfkd.models.loading import load_model, load_outline
+from hfkd.teacher import ColumnTeacher, DeferredTeacher, Teacher, TeacherEnsemble, Teachers, members_of
 from hfkd.training_args import DistillationTrainingArguments
 
 
@@ -108,9 +127,7 @@ class _Hooks(TrainerCallback):
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         # Accelerate's sharded loader sets the epoch of a seedable sampler and then leaves the dataset out.
-        dataset = self.trainer.train_dataset
-        while isinstance(dataset, Subset):
-            dataset = dataset.dataset
+        dataset = innermost(self.trainer.train_dataset)
         if hasattr(dataset, "set_epoch"):
             dataset.set_epoch(self.trainer.context.epoch)
         self.trainer.distiller.on_epoch_begin(self.trainer.context)
@@ -137,8 +154,11 @@ class DistillationTrainer(Trainer):
     Args:
         model: The student.
         teacher_model: A frozen classifier over the same classes, or several: a list is a
-            :class:`~hfkd.TeacherEnsemble` with its defaults. None trains the student alone, unless the distiller
-            brings a teacher of its own.
+            :class:`~hfkd.TeacherEnsemble` with its defaults. A name or folder is given to
+            :func:`~hfkd.models.load_model`; a folder's weights are not loaded while ``teacher_cache`` has all the
+            answers. None trains the student alone, unless the distiller
+            brings a teacher of its own, or is given and the training set has a column ``teacher_logits`` or
+            ``teacher_probabilities``: the answers of a teacher that is not here, in the student's order of classes.
         distiller: The method; with a teacher :class:`~hfkd.distillers.KD` by default.
         args: Training arguments.
         data_collator: By default :class:`~hfkd.data.DistillationCollator`, which also pads ``teacher_…`` columns.
@@ -162,7 +182,7 @@ class DistillationTrainer(Trainer):
     def __init__(
         self,
         model: PreTrainedModel,
-        teacher_model: nn.Module | Sequence[nn.Module] | None = None,
+        teacher_model: nn.Module | Sequence[nn.Module] | str | os.PathLike | None = None,
         distiller: Distiller | None = None,
         args: DistillationTrainingArguments | None = None,
         data_collator: Callable | None = None,
@@ -189,6 +209,12 @@ class DistillationTrainer(Trainer):
         if not isinstance(distiller, Distiller):
             raise TypeError(f"distiller must be a Distiller, got {type(distiller).__name__}: pass KD(), not its name")
         args = args if args is not None else DistillationTrainingArguments("tmp_trainer")
+        if isinstance(teacher_model, (str, os.PathLike)):
+            may_wait = (
+                not distiller.trains_teacher and getattr(args, "teacher_cache", None) and Path(teacher_model).is_dir()
+            )
+            outline = load_outline(teacher_model, task=self._task_of(model)) if may_wait else None
+            teacher_model = outline if outline is not None else self._load_teacher(teacher_model, model)
         if args.n_gpu > 1:
             raise ValueError(
                 f"{args.n_gpu} GPUs are visible to one process, which transformers would run as nn.DataParallel, "
@@ -221,6 +247,8 @@ class DistillationTrainer(Trainer):
         self._set_up_labels()
         self._set_up_teacher(teacher_model)
         self._set_up_distiller()
+        if getattr(self.args, "teacher_cache", None) and self.teacher_model is not None:
+            self._set_up_cache()
         self._term_sums: dict[str, Tensor] = {}
         self._term_count = 0
         self._evaluated = torch.zeros(2, device=self.args.device)  # sum of losses, number of labelled samples
@@ -265,11 +293,20 @@ class DistillationTrainer(Trainer):
         if made is not None and teacher_model is not None:
             raise ValueError(f"{method} brings its own teacher: leave out teacher_model")
         self.teacher_model = made if made is not None else teacher_model
-        self.teacher = None
+        self.teacher = self.cache = None
         self._saves_teacher = made is not None or distiller.trains_teacher
         if self.teacher_model is None:
-            if distiller.needs_teacher:
-                raise ValueError(f"{method} needs a teacher: pass teacher_model=")
+            if not distiller.needs_teacher:
+                return
+            column = None if distiller.trains_teacher else teacher_column(self.train_dataset, self.model.config)
+            if column is None:
+                raise ValueError(
+                    f"{method} needs a teacher: pass teacher_model=, or its answers as a column teacher_logits or "
+                    "teacher_probabilities of the training set"
+                )
+            if getattr(innermost(self.train_dataset), "soft_labels", False):
+                raise ValueError(f"{column} are about whole samples, and Mixup and CutMix mix them: turn them off")
+            self.teacher = ColumnTeacher(column)
             return
         unlike = made is None or distiller.trains_teacher  # a peer may be the user's own
         members = {"the teacher": self.teacher_model}
@@ -294,14 +331,27 @@ class DistillationTrainer(Trainer):
             return
         dtype = getattr(self.args, "teacher_dtype", None)
         dtype = getattr(torch, dtype) if dtype else None
+        options = {"dtype": dtype, "device": self.args.device}
+        if next(self.teacher_model.parameters()).is_meta:
+            load = partial(self._load_teacher, self.teacher_model.name_or_path, self.model)
+            self.teacher = DeferredTeacher(self.teacher_model, load, label_order=label_orders[0], **options)
+            return
         teachers = [
-            Teacher(member, label_order=order, dtype=dtype, device=self.args.device)
+            Teacher(member, label_order=order, **options)
             for member, order in zip(members.values(), label_orders, strict=True)
         ]
         is_ensemble = isinstance(self.teacher_model, TeacherEnsemble)
         self.teacher = Teachers(self.teacher_model, teachers) if is_ensemble else teachers[0]
         if made is not None:  # the method's to update, whatever its precision
             self.teacher_model = self.teacher.model
+
+    @staticmethod
+    def _task_of(student: nn.Module) -> str:
+        return "text-classification" if "input_ids" in input_names(student) else "image-classification"
+
+    @classmethod
+    def _load_teacher(cls, folder: str | os.PathLike, student: nn.Module) -> nn.Module:
+        return use_channels_last(load_model(folder, task=cls._task_of(student), refuse_new_head=True))
 
     def _set_up_distiller(self) -> None:
         """Allocate the method's own parameters and put all that trains into one module."""
@@ -331,6 +381,51 @@ class DistillationTrainer(Trainer):
                 f"{type(self.distiller).__name__} has parameters of its own, which the given scheduler does not know: "
                 "pass optimizers=(optimizer, None), or neither"
             )
+
+    def _set_up_cache(self) -> None:
+        """Open the store of the teacher's answers, which from now on stands before the teacher."""
+        if self._saves_teacher:
+            raise ValueError(
+                f"the teacher of {type(self.distiller).__name__} changes as it trains: leave out teacher_cache"
+            )
+        check_cache(self.args, self.train_dataset, self.teacher_model)
+        with self.compute_loss_context_manager():
+            precision = self.teacher.precision
+        members = self.teacher.members if isinstance(self.teacher, Teachers) else [self.teacher]
+        label_orders = [None if member.label_order is None else member.label_order.tolist() for member in members]
+        index, identity = describe(
+            self.teacher_model,
+            self.train_dataset,
+            self._teacher_columns(),
+            precision=precision,
+            dtype=self.args.teacher_cache_dtype,
+            label_names=named_labels(self.model.config),
+            label_orders=label_orders,
+        )
+        self._train_index = index
+        self.cache = TeacherCache(
+            self.teacher,
+            index,
+            identity,
+            classes=self.model.config.num_labels,
+            folder=None if self.args.teacher_cache is True else self.args.teacher_cache,
+            views=getattr(innermost(self.train_dataset), "number_of_views", None) or 0,
+            features=self._cached_features(),
+        )
+
+    def _cached_features(self) -> dict[str, int]:
+        """The teacher's layers that the method looks at, and how long their vectors are."""
+        layers = self.distiller.teacher_layers
+        model = self.context.teacher_model if layers else None
+        features = probe(model, self.context.sample(), layers, prefix="teacher_") if layers else {}
+        for layer, feature in features.items():
+            if feature.ndim != 2:
+                raise ValueError(
+                    f"{type(self.distiller).__name__} looks at {layer!r} of its teacher, which gives "
+                    f"{tuple(feature.shape)}, and the cache keeps logits and vectors (B, D) alone: choose a method of "
+                    "those, or leave out teacher_cache"
+                )
+        return {layer: feature.shape[1] for layer, feature in features.items()}
 
     def _eval_datasets(self) -> dict[str, Dataset]:
         if self.eval_dataset is None:
@@ -399,11 +494,16 @@ class DistillationTrainer(Trainer):
     def _set_signature_columns_if_needed(self):
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
-            names = [*input_names(self.model), *self.distiller.batch_columns, "index", "sample_weight"]
+            names = [*input_names(self.model), *self.distiller.batch_columns, "index", "view", "sample_weight"]
             if self.teacher_model is not None:
-                teacher_names = [name for member in members_of(self.teacher_model) for name in input_names(member)]
-                names += [*teacher_names, *(f"teacher_{name}" for name in teacher_names)]
+                names += self._teacher_columns()
+            if isinstance(self.teacher, ColumnTeacher):
+                names.append(self.teacher.column)
             self._signature_columns = list(dict.fromkeys([*self._signature_columns, *names]))
+
+    def _teacher_columns(self) -> list[str]:
+        names = [name for member in members_of(self.teacher_model) for name in input_names(member)]
+        return [*names, *(f"teacher_{name}" for name in names)]
 
     def _get_collator_with_removed_columns(self, data_collator, description=None):
         by_sample = super()._get_collator_with_removed_columns(data_collator, description)
@@ -413,12 +513,18 @@ class DistillationTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         batch = self._with_labels(inputs)
-        teacher = None if self.teacher is None else self.teacher(batch)
+        teacher = None if self.teacher is None else self.context.teacher(self._with_view(batch))
         loss, terms = model(batch, teacher)
         for name, term in terms.items():
             self._term_sums[name] = self._term_sums[name] + term if name in self._term_sums else term
         self._term_count += 1
         return (loss, terms) if return_outputs else loss
+
+    def _with_view(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A batch of the training set with what the teacher's cache, where there is one, knows it by."""
+        if self.cache is None or "view" in batch:
+            return dict(batch)
+        return {**batch, "view": torch.zeros_like(batch["index"])}
 
     def _with_labels(self, inputs: Mapping[str, Tensor], *, fill: bool = True) -> dict[str, Tensor]:
         """The batch with its labels under that name; unlabelled data gets -100 where ``fill``."""
@@ -479,8 +585,22 @@ class DistillationTrainer(Trainer):
     def _report_teacher(self) -> None:
         if self.label_scale != 1:
             self.log({"label_scale": self.label_scale})
-        if self.teacher is not None and not self._saves_teacher and self.eval_dataset is not None:
-            self.log({f"teacher_{name}": value for name, value in self.evaluate_teacher(max_samples=1000).items()})
+        if isinstance(self.teacher, ColumnTeacher):  # which says nothing about the evaluation set
+            score = self.evaluate_teacher(self.train_dataset, max_samples=1000)
+            self.log({f"teacher_train_{name}": value for name, value in score.items()})
+        elif known := self._score_in_manifest():
+            self.log({f"teacher_{name}": value for name, value in known.items()})
+        elif self.teacher is not None and not self._saves_teacher and self.eval_dataset is not None:
+            score = self.evaluate_teacher(max_samples=1000)
+            self.log({f"teacher_{name}": value for name, value in score.items()})
+            if self.cache is not None and self.is_world_process_zero():
+                self.cache.note_score(score)
+
+    def _score_in_manifest(self) -> dict[str, float]:
+        """The score of a teacher that might not be loaded; of one mind on all processes."""
+        if not isinstance(self.teacher, DeferredTeacher):
+            return {}
+        return broadcast_object_list([self.cache.score])[0]
 
     def evaluate_teacher(self, dataset: Dataset | None = None, max_samples: int | None = None) -> dict[str, float]:
         """Score the frozen teacher as the student is scored.
@@ -534,6 +654,39 @@ class DistillationTrainer(Trainer):
         if self.problem_type == "regression":
             return {"mse": float(((predictions.squeeze(-1) - labels)[known] ** 2).mean())}
         return {"accuracy": float((predictions.argmax(-1) == labels)[known].mean())}
+
+    def warm_teacher_cache(self) -> dict[str, float]:
+        """Ask the teacher about every training sample, in every view, that its cache has no answer to.
+
+        Each process takes its share. Interrupted, the next call goes on where this one was.
+
+        Returns:
+            ``answers`` that this process asked for, ``seconds``, and the ``bytes`` of the cache.
+
+        Raises:
+            ValueError: If there is no cache.
+        """
+        if self.cache is None:
+            raise ValueError("there is no teacher's cache to fill: pass a teacher, and teacher_cache=True")
+        start, asked = time.perf_counter(), self.cache.misses
+        views = range(1, self.cache.views + 1) if self.cache.views else (0,)
+        # Whatever other processes fill meanwhile, these rows are this one's.
+        own = np.arange(self.accelerator.process_index, len(self._train_index), self.accelerator.num_processes)
+        hidden = self.args.disable_tqdm or not self.is_world_process_zero()
+        with (
+            self.compute_loss_context_manager(),
+            tqdm(total=len(views) * len(own), desc="Teacher's cache", unit=" answers", disable=hidden) as bar,
+        ):
+            for view in views:
+                rows = own[np.isin(self._train_index[own], self.cache.missing(view))]
+                bar.update(len(own) - len(rows))
+                dataset = Subset(at_view(self.train_dataset, view), rows.tolist())
+                for batch in self.context.loader(dataset, self.args.eval_batch_size):
+                    self.cache(self._with_view(self._prepare_inputs(batch)))
+                    bar.update(len(batch["index"]))
+        self.accelerator.wait_for_everyone()
+        seconds = time.perf_counter() - start
+        return {"answers": self.cache.misses - asked, "seconds": round(seconds, 1), "bytes": self.cache.bytes}
 
     # Saving and resuming
 
@@ -596,6 +749,13 @@ class DistillationTrainer(Trainer):
     def create_model_card(self, *args, **kwargs):
         if self.is_world_process_zero():
             write_model_card(self, *args, **kwargs)
+
+
+def at_view(dataset: Dataset, view: int) -> Dataset:
+    """A data set of numbered views with all samples in one of them; any other as it is."""
+    if isinstance(dataset, Subset):
+        return Subset(at_view(dataset.dataset, view), dataset.indices)
+    return dataset.only_view(view) if view else dataset
 
 
 def load_weights(model: PreTrainedModel, folder: str) -> None:

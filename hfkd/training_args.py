@@ -15,6 +15,10 @@ class DistillationTrainingArguments(TrainingArguments):
     ``logging_nan_inf_filter`` is off here: it costs a device synchronisation a step and hides a diverging loss.
     Memory is pinned only where there is an accelerator to copy to.
 
+    ``teacher_cache=True`` keeps what the teacher says on disk (:class:`hfkd.cache.TeacherCache`), in ``HFKD_CACHE`` or
+    ``~/.cache/hfkd``; a string is the folder to keep it in. Under augmentation the training set must number its views:
+    ``ImageDataset(..., views=V)``.
+
     Raises:
         ValueError: If a value is out of range.
     """
@@ -33,6 +37,13 @@ class DistillationTrainingArguments(TrainingArguments):
     teacher_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of a teacher that learns too; the student's by default."}
     )
+    teacher_cache: str | None = field(
+        default=None,
+        metadata={"help": "Ask the teacher once and keep its answers: true, or the folder to keep them in."},
+    )
+    teacher_cache_dtype: str = field(
+        default="float16", metadata={"help": "In which answers are kept.", "choices": ["float16", "float32"]}
+    )
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Leave NaN and Inf out of the logged loss; synchronises at every step."}
     )
@@ -45,5 +56,9 @@ class DistillationTrainingArguments(TrainingArguments):
             rate = getattr(self, name)
             if rate is not None and not rate > 0:
                 raise ValueError(f"{name} must be positive, got {rate}: leave it out for {default}")
+        if str(self.teacher_cache).lower() in ("true", "false"):  # the word, or Python's
+            self.teacher_cache = True if str(self.teacher_cache).lower() == "true" else None
+        if self.teacher_cache_dtype not in ("float16", "float32"):
+            raise ValueError(f"teacher_cache_dtype must be float16 or float32, got {self.teacher_cache_dtype!r}")
         if self.teacher_dtype not in (None, "float32", "bfloat16", "float16"):
             raise ValueError(f"teacher_dtype must be float32, bfloat16 or float16, got {self.teacher_dtype!r}")

@@ -98,6 +98,19 @@ def test_resume_in_mid_epoch_is_exact_on_two_processes(two_processes):
     assert_identical(ranks[0]["weights"], ranks[1]["weights"])
 
 
+def test_processes_fill_and_read_one_cache(two_processes, one_process):
+    """Of 16 samples each process asks for those it meets first, and in the second run nobody asks."""
+    ranks, expected = two_processes["cached"], one_process("cached")
+    assert (expected["first"]["misses"], expected["first"]["hits"]) == (16, 16)
+    for run in ("first", "second"):
+        assert_identical(ranks[0][run]["weights"], ranks[1][run]["weights"])
+        assert largest_difference(ranks[0][run]["weights"], expected[run]["weights"]) <= 1e-6
+    assert sum(rank["first"]["misses"] for rank in ranks) == 16
+    assert [(rank["second"]["hits"], rank["second"]["misses"]) for rank in ranks] == [(16, 0), (16, 0)]
+    assert [rank["second"]["filled"] for rank in ranks] == [16, 16]
+    assert [rank["warm"] for rank in ranks] == [(7, 13), (6, 13)]
+
+
 def test_terms_are_averaged_over_processes(two_processes, one_process):
     expected = one_process("term_logs")
     for result in two_processes["term_logs"]:

@@ -1,8 +1,11 @@
-"""Several teachers that teach as one: their average against loops, and a trainer that asks them."""
+"""Several teachers that teach as one, against loops and in a trainer; and answers that are a column of the data."""
 
 import copy
 import math
 
+import datasets
+import numpy as np
+import PIL.Image
 import pytest
 import torch
 from helpers import (
@@ -18,9 +21,10 @@ from helpers import (
     weights,
 )
 from torch import nn
+from transformers import ViTImageProcessor
 
 from hfkd import TeacherEnsemble
-from hfkd.data import DistillationCollator
+from hfkd.data import DistillationCollator, ImageDataset
 from hfkd.distillers import AT, DML, KD, TTM, Combined, HiddenStates, SelfDistillation, StudentAlone, TfKD
 from hfkd.functional import kd_loss
 
@@ -295,3 +299,95 @@ def test_the_model_card_names_every_member(tmp_path):
     trainer.create_model_card()
     total = sum(parameter.numel() for teacher in teachers for parameter in teacher.parameters())
     assert f"taught by `first/one` and `second/one` with {total:,}." in (tmp_path / "README.md").read_text()
+
+
+# Answers that are a column of the data
+
+
+def answered(family="bert", name="teacher_logits", n=16):
+    """Rows with a teacher's answers, and the teacher."""
+    teacher, dataset = tiny_teacher(family).eval(), rows(family, n)
+    inputs = {k: v for k, v in dataset.columns.items() if k not in ("labels", "index", "token_type_ids")}
+    segments = {"token_type_ids": dataset.columns["token_type_ids"]} if family == "bert" else {}
+    with torch.no_grad():
+        logits = teacher(**inputs, **segments).logits
+    answers = logits if name == "teacher_logits" else logits.softmax(-1)
+    return dataset.with_columns(**{name: answers}), teacher
+
+
+@pytest.mark.parametrize("name", ["teacher_logits", "teacher_probabilities"])
+@pytest.mark.parametrize("kind", ["rows", "hub"])
+def test_a_column_teaches_as_its_teacher_would(tmp_path, name, kind):
+    dataset, teacher = answered(name=name)
+    if kind == "hub":
+        samples = [{k: v.tolist() for k, v in dataset[i].items()} for i in range(16)]
+        dataset = datasets.Dataset.from_list(samples)
+    online = make_trainer(tmp_path, tiny("bert"), teacher, KD(), rows("bert"))
+    bought = make_trainer(tmp_path, tiny("bert"), None, KD(), dataset)
+    for trainer in (online, bought):
+        trainer.train()
+    assert largest_difference(weights(online.model), weights(bought.model)) < 1e-5
+    right = (online.evaluate_teacher(rows("bert"))["accuracy"],)
+    assert logged(bought, "teacher_train_accuracy") == pytest.approx(right)
+    bought.create_model_card()
+    assert f"taught by its data's column `{name}`" in (tmp_path / "README.md").read_text()
+
+
+def test_image_data_hands_on_a_column(tmp_path):
+    generator = np.random.default_rng(0)
+    pictures = [PIL.Image.fromarray(generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(8)]
+    answers = generator.normal(size=(8, 5)).astype(np.float32)
+    columns = {"image": pictures, "label": [i % 5 for i in range(8)], "index": list(range(8))}
+    split = datasets.Dataset.from_dict({**columns, "teacher_logits": answers.tolist()})
+    processor = ViTImageProcessor(size={"height": 32, "width": 32})
+    dataset = ImageDataset(split, processor, augment="crop_flip")
+    np.testing.assert_array_equal(dataset.__getitems__([5, 2])["teacher_logits"], answers[[5, 2]])
+    trainer = make_trainer(tmp_path, tiny("cifar"), None, KD(alpha=1.0), dataset, max_steps=1, learning_rate=0.0)
+    trainer.train()
+    mixed = ImageDataset(split, processor, mixup_alpha=0.2, num_labels=5)
+    with pytest.raises(ValueError, match="teacher_logits are about whole samples, and Mixup and CutMix mix them"):
+        make_trainer(tmp_path, tiny("cifar"), None, KD(), mixed)
+
+
+def test_numbers_are_a_column_too(tmp_path):
+    dataset = rows("bert").with_columns(labels=torch.randn(16), teacher_logits=torch.arange(16.0))
+    trainer = make_trainer(tmp_path, tiny("bert", num_labels=1), None, KD(), dataset, max_steps=1)
+    batch = {"teacher_logits": dataset.columns["teacher_logits"][3:5]}
+    assert trainer.teacher(batch).logits.tolist() == [[3.0], [4.0]]
+    trainer.train()
+
+
+def spoilt(change):
+    dataset, _ = answered(name=change.pop("name", "teacher_logits"))
+    name = next(name for name in dataset.columns if name.startswith("teacher_"))
+    dataset.columns[name] = change["answers"](dataset.columns[name])
+    return dataset
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"answers": lambda z: z[:, :3]}, "teacher_logits has 3 numbers a sample, and the student 5 classes"),
+        ({"answers": lambda z: z.index_fill(0, torch.tensor([4, 6]), torch.nan)}, r"of row 4 is .nan.* \(and 1 more"),
+        ({"name": "teacher_probabilities", "answers": lambda p: 2 * p}, "add up to 1, or call them teacher_logits"),
+        ({"name": "teacher_probabilities", "answers": lambda p: p - p.flip(1) + 0.2}, "add up to 1, or call them"),
+    ],
+)
+def test_answers_that_do_not_fit_are_refused(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, tiny("bert"), None, KD(), spoilt(dict(change)))
+
+
+def test_methods_and_data_that_a_column_cannot_teach_are_refused(tmp_path):
+    dataset, _ = answered()
+    both = dataset.with_columns(teacher_probabilities=torch.full((16, 5), 0.2))
+    with pytest.raises(ValueError, match="teacher_logits and teacher_probabilities: drop one"):
+        make_trainer(tmp_path, tiny("bert"), None, KD(), both)
+    for method in (HiddenStates(), TfKD()):
+        with pytest.raises(ValueError, match="looks inside its teacher, and a column holds only|needs a teacher"):
+            make_trainer(tmp_path, tiny("bert"), None, method, dataset)
+    with pytest.raises(ValueError, match="KD needs a teacher: pass teacher_model=, or its answers as a column"):
+        make_trainer(tmp_path, tiny("bert"), None, KD(), rows("bert"))
+    numbers = rows("bert").with_columns(labels=torch.randn(16), teacher_probabilities=torch.ones(16, 1))
+    with pytest.raises(ValueError, match="regression has no probabilities"):
+        make_trainer(tmp_path, tiny("bert", num_labels=1), None, KD(), numbers)

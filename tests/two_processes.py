@@ -283,6 +283,38 @@ def averages(folder) -> dict:
     }
 
 
+def cached(folder) -> dict:
+    """One cache that all processes fill, and then read; the second run has no answer to wait for."""
+    results = {}
+    for name in ("first", "second"):
+        student = tiny("bert")
+        trainer = make_trainer(
+            Path(folder, name),
+            student,
+            tiny_teacher("bert"),
+            KD(),
+            rows("bert"),
+            max_steps=4,
+            teacher_cache=str(folder / "cache"),
+            teacher_cache_dtype="float32",
+            **share(),
+        )
+        trainer.train()
+        figures = {name: getattr(trainer.cache, name) for name in ("hits", "misses", "filled")}
+        results[name] = {"weights": weights(student), **figures}
+    dataset = rows("bert", 13)
+    trainer = make_trainer(
+        folder / "third",
+        tiny("bert"),
+        tiny_teacher("bert"),
+        KD(),
+        dataset,
+        teacher_cache=str(folder / "warm"),
+        **share(),
+    )
+    return {**results, "warm": (trainer.warm_teacher_cache()["answers"], trainer.cache.filled)}
+
+
 def fully_sharded(folder) -> dict:
     """An engine that is asked for and not active; the last scenario, because it leaves its wish in the environment."""
     try:
@@ -325,6 +357,7 @@ SCENARIOS = {
     "resume": resume,
     "term_logs": term_logs,
     "averages": averages,
+    "cached": cached,
     "fully_sharded": fully_sharded,
 }
 

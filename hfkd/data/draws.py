@@ -21,11 +21,11 @@ def splitmix(state: np.ndarray) -> np.ndarray:
     return state ^ (state >> np.uint64(31))
 
 
-def sample_draws(seed: int, epoch: int, index: np.ndarray) -> np.ndarray:
+def sample_draws(seed: int, epoch: int | np.ndarray, index: np.ndarray) -> np.ndarray:
     """One 64-bit random word for each sample.
 
     Shapes:
-        ``index``: (B,) integers. Returns (B,) uint64.
+        ``index``: (B,) integers, and ``epoch`` one integer, or as many as it broadcasts with. Returns (B,) uint64.
 
     >>> bool(sample_draws(0, 0, np.array([7, 8]))[1] == sample_draws(0, 0, np.array([8]))[0])
     True

@@ -1,6 +1,8 @@
 """Images as finished batches: decoded once where they are small, augmented and normalised a batch at a time."""
 
 import copy
+import hashlib
+import os
 
 import datasets
 import numpy as np
@@ -17,7 +19,7 @@ from transformers import BaseImageProcessor
 from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
 
 from hfkd.data.draws import batch_draw, kept_global_state, sample_draws, seed_global, splitmix
-from hfkd.data.task_data import UNLABELLED
+from hfkd.data.task_data import TEACHER_COLUMNS, UNLABELLED
 
 
 AUGMENTATIONS = (None, "flip", "crop", "crop_flip")
@@ -43,8 +45,16 @@ class ImageDataset(Dataset):
     Every draw is a pure function of (seed, epoch, index), so it does not depend on the batch, the order, the number
     of workers or of processes; Mixup's is one of (seed, epoch, the batch's indices). Global generators are left alone.
 
+    With ``views=V`` the augmentation of a sample is drawn, epoch by epoch, from V that are fixed, so that a teacher's
+    cache can hold its answers to all of them; the column ``view`` says which, from 1 to V, and is 0 for the
+    un-augmented sample. Crop and flip of small images have a finite number of outcomes (162 at 32 x 32): the V are
+    drawn from them without repetition, and as many as there are lose nothing. Of any other augmentation they are the
+    outcomes of V fixed draws. The V of a sample do not depend on ``seed``, which chooses among them, and are the first
+    of those for any greater V.
+
     Args:
-        split: With the columns ``image``, ``label`` and ``index``.
+        split: With the columns ``image``, ``label`` and ``index``, and perhaps a teacher's answers as
+            ``teacher_logits`` or ``teacher_probabilities``, which are handed on.
         processor: The student's.
         teacher_processor: The teacher's; None if it is the same.
         augment: ``"flip"``, ``"crop"``, ``"crop_flip"``, or None for evaluation.
@@ -53,6 +63,7 @@ class ImageDataset(Dataset):
         cutmix_alpha: CutMix, likewise; with both, each batch gets one or the other.
         num_labels: Number of classes; needed for Mixup and CutMix.
         seed: Of the draws: a run's ``data_seed``.
+        views: V, how many different augmentations of a sample there are; None is as many as there are epochs.
 
     Raises:
         ValueError: If the split, the augmentation or the labels do not fit.
@@ -70,6 +81,7 @@ class ImageDataset(Dataset):
         cutmix_alpha: float = 0.0,
         num_labels: int | None = None,
         seed: int = 0,
+        views: int | None = None,
     ):
         if augment not in AUGMENTATIONS:
             raise ValueError(f"unknown augment {augment!r}: use one of {', '.join(map(str, AUGMENTATIONS))}")
@@ -81,6 +93,8 @@ class ImageDataset(Dataset):
         self.split = split.select_columns("image")
         columns = split.select_columns(["label", "index"])[:]
         self.labels, self.index = (np.array(columns[name], dtype=np.int64) for name in ("label", "index"))
+        answers = [name for name in TEACHER_COLUMNS if name in split.column_names]
+        self.answers = {name: np.array(split[name][:], dtype=np.float32) for name in answers}
         if num_labels is not None:
             known = self.labels[self.labels != UNLABELLED]
             if len(known) and not 0 <= known.min() <= known.max() < num_labels:
@@ -110,6 +124,22 @@ class ImageDataset(Dataset):
         self.rand_augment = None
         if rand_augment is not None:
             self.rand_augment = self._make_rand_augment(rand_augment, size if self.pixels is None else (first.height,))
+        self._rand_augment_spec = rand_augment
+        self.number_of_views, self._shown_view = views, None
+        if views is not None:
+            self._check_views(views)
+
+    def _check_views(self, views: int) -> None:
+        if not self.is_augmented:
+            raise ValueError(f"views={views} needs an augmentation to draw from: set augment, or leave views out")
+        if self.mixup is not None:
+            raise ValueError("Mixup and CutMix mix samples, so that a sample has no views: leave views out")
+        if views < 1:
+            raise ValueError(f"views must be at least 1, got {views}: leave it out for a new view in every epoch")
+        if self.outcomes is not None and views > self.outcomes:
+            raise ValueError(
+                f"augment={self.augment!r} has {self.outcomes} outcomes at this size, got views={views}: lower it"
+            )
 
     def _make_mixup(self, mixup_alpha: float, cutmix_alpha: float, num_labels: int | None) -> Mixup | None:
         if mixup_alpha < 0 or cutmix_alpha < 0:
@@ -137,7 +167,43 @@ class ImageDataset(Dataset):
     @property
     def column_names(self) -> list[str]:
         """What a batch holds."""
-        return [*self.views, "labels", "index"]
+        return [*self.views, "labels", "index", *self.answers, *([] if self.number_of_views is None else ["view"])]
+
+    @property
+    def is_augmented(self) -> bool:
+        """Whether a sample differs from epoch to epoch."""
+        return self._shown_view is None and any((self.augment, self.rand_augment, self.mixup))
+
+    @property
+    def outcomes(self) -> int | None:
+        """How many different images crop and flip can make of a small one; None where nobody can count."""
+        if self.pixels is None or self.rand_augment is not None or self.mixup is not None:
+            return None
+        pad = max(self.pixels.shape[-2:]) // 8
+        crops = (2 * pad + 1) ** 2 if self.augment in ("crop", "crop_flip") else 1
+        return crops * (2 if self.augment in ("flip", "crop_flip") else 1)
+
+    @property
+    def preprocessing(self) -> dict[str, str | None]:
+        """What decides, besides the images, what the teacher sees of a view."""
+        seen = self.views.get("teacher_pixel_values", self.views["pixel_values"]).probe
+        crop = self.resized_crop.size if self.pixels is None else None
+        names = {"augment": self.augment, "rand_augment": self._rand_augment_spec, "crop": crop}
+        probe = (seen * 1000).round().to(torch.int32).numpy()
+        return {
+            **{name: None if value is None else str(value) for name, value in names.items()},
+            "processor": hashlib.blake2b(f"{probe.shape}".encode() + probe.tobytes(), digest_size=8).hexdigest(),
+        }
+
+    def raw_bytes(self, rows: np.ndarray) -> bytes:
+        """The images of some rows before any processing; of a large one that lies in a file, its path and size."""
+        if self.pixels is not None:
+            return self.pixels[rows].tobytes()
+        parts = []
+        for value in self.split.cast_column("image", datasets.Image(decode=False))[rows]["image"]:
+            content, path = value["bytes"], value["path"]
+            parts.append(f"{path} {os.path.getsize(path)}".encode() if content is None else content)
+        return b"".join(parts)
 
     @property
     def soft_labels(self) -> bool:
@@ -148,8 +214,23 @@ class ImageDataset(Dataset):
         """The same samples as in evaluation, sharing the decoded images; its epochs are its own."""
         plain = copy.copy(self)
         plain.augment = plain.rand_augment = plain.mixup = None
+        plain._rand_augment_spec, plain._shown_view = None, 0
         plain._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
         return plain
+
+    def only_view(self, view: int) -> "ImageDataset":
+        """The same samples, each in one of its views in every epoch; 0 is without augmentation.
+
+        Raises:
+            ValueError: If there is no such view.
+        """
+        if not 0 <= view <= (self.number_of_views or 0):
+            raise ValueError(f"there is no view {view}: the data set was made with views={self.number_of_views}")
+        if view == 0:
+            return self.without_augmentation()
+        chosen = copy.copy(self)
+        chosen._shown_view = view
+        return chosen
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the draws of an epoch, in this process and in running workers."""
@@ -164,22 +245,36 @@ class ImageDataset(Dataset):
     def __getitems__(self, rows: list[int]) -> dict[str, Tensor]:
         rows = np.asarray(rows)
         draws = sample_draws(self.seed, int(self._epoch), self.index[rows])
-        labels = torch.from_numpy(self.labels[rows])
-        index = torch.from_numpy(self.index[rows])
+        columns = {"labels": torch.from_numpy(self.labels[rows]), "index": torch.from_numpy(self.index[rows])}
+        columns.update((name, torch.from_numpy(answer[rows])) for name, answer in self.answers.items())
+        if self.number_of_views is not None:
+            view = draws % np.uint64(self.number_of_views) + np.uint64(1)
+            if self._shown_view is not None:
+                view = np.full_like(view, self._shown_view)
+            draws = self._draws_of(self.index[rows], view.astype(np.int64))
+            columns["view"] = torch.from_numpy(view.astype(np.int64))
         if self.pixels is None and self.augment not in ("crop", "crop_flip"):
             images = self._decode_large(rows, draws)
             pixels = {name: view.process(view.convert(images)) for name, view in self.views.items()}
-            return {**pixels, "labels": labels, "index": index}
+            return {**pixels, **columns}
         if self.pixels is None:
             batch = _stack(self._decode_large(rows, draws))
         else:
             batch = self._augment_small(self.pixels[rows], draws)
         if self.mixup is not None:
-            batch, labels = self._mix(batch, labels, draws)
+            batch, columns["labels"] = self._mix(batch, columns["labels"], draws)
         pixels = {
             name: view.normalize(batch) if self.pixels is None else view(batch) for name, view in self.views.items()
         }
-        return {**pixels, "labels": labels, "index": index}
+        return {**pixels, **columns}
+
+    def _draws_of(self, index: np.ndarray, view: np.ndarray) -> np.ndarray:
+        """The random words that make a sample's views; those of view 0 are not used."""
+        if self.outcomes is None:
+            return sample_draws(0, view, index)
+        order = sample_draws(0, np.arange(self.outcomes), index[:, None]).argsort(1)
+        draws = order[np.arange(len(index)), view - 1].astype(np.uint64)
+        return draws << np.uint64(1) if self.augment == "crop" else draws
 
     def _augment_small(self, images: np.ndarray, draws: np.ndarray) -> Tensor:
         """(B, C, H, W) uint8 in and out."""

@@ -6,6 +6,7 @@ from datasets import Dataset, Value
 
 
 UNLABELLED = -100
+TEACHER_COLUMNS = ("teacher_logits", "teacher_probabilities")  # answers of a teacher that is not here
 
 
 def is_text(feature) -> bool:

@@ -43,6 +43,7 @@ from hfkd.influence import (
 
 TABLE_FOLDER = "influence"
 WEIGHTINGS = ("sigmoid", "exp_minmax")
+_TEACHER = "teacher_outputs"  # beside the columns of a batch
 
 
 def _log_weights(influence: Tensor, weighting: str, sharpness: float) -> Tensor:
@@ -112,13 +113,12 @@ class _SampleLosses(nn.Module):
         student: The model whose parameters the losses depend on.
         distiller: Whose terms are summed; None is the cross-entropy of :meth:`Distiller.task_logits`.
         task: Where ``task_logits`` come from.
-        teacher: Gives teacher outputs for a batch.
     """
 
-    def __init__(self, student, distiller, task, teacher):
+    def __init__(self, student, distiller, task):
         super().__init__()
         self.student, self.distiller = student, distiller
-        self.others = task, teacher  # in a tuple, which does not make them parts
+        self.others = (task,)  # in a tuple, which does not make it a part
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         return self.of_model(self.student, batch)
@@ -128,14 +128,15 @@ class _SampleLosses(nn.Module):
 
     def outputs(self, student: nn.Module, batch: Mapping[str, Tensor], *more_layers: str) -> ModelOutputs:
         layers = () if self.distiller is None else self.distiller.student_layers
-        return in_float32(run_model(student, in_precision_of(student, batch), layers=(*layers, *more_layers)))
+        columns = {name: column for name, column in batch.items() if name != _TEACHER}
+        return in_float32(run_model(student, in_precision_of(student, columns), layers=(*layers, *more_layers)))
 
     def of_outputs(self, student: ModelOutputs, batch: Mapping[str, Tensor]) -> Tensor:
-        task, teacher = self.others
+        (task,) = self.others
         student.task_logits = task.task_logits(student)
         if self.distiller is None:
             return F.cross_entropy(student.task_logits, batch["labels"], reduction="none")
-        return torch.stack(list(self.distiller(student, teacher(batch), batch).values())).sum(0)
+        return torch.stack(list(self.distiller(student, batch[_TEACHER], batch).values())).sum(0)
 
     def functional(self, parameters: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Tensor:
         named = {f"student.{name}": parameter for name, parameter in parameters.items()}
@@ -417,7 +418,7 @@ class KDAIF(Wrapper):
 
     def _measure(self, context) -> tuple[Tensor, Tensor, Tensor]:
         """Index, label and influence of this process's share of the training set."""
-        with self._at_rest(context) as (train_losses, held_out_losses):
+        with self._at_rest(context) as (train_losses, held_out_losses, teacher):
             index, labels = [], []
 
             def train() -> Iterator[dict[str, Tensor]]:
@@ -426,7 +427,8 @@ class KDAIF(Wrapper):
                 for batch in context.batches(context.train_dataset):
                     index.append(batch["index"])
                     labels.append(batch["labels"])
-                    yield batch
+                    # Here, since what is not PyTorch's, a teacher's cache, cannot be differentiated through.
+                    yield {**batch, _TEACHER: teacher(batch)}
 
             def held_out() -> Iterator[dict[str, Tensor]]:
                 return context.batches(context.held_out_dataset)
@@ -438,8 +440,8 @@ class KDAIF(Wrapper):
         return torch.cat(index), torch.cat(labels), influence
 
     @contextmanager
-    def _at_rest(self, context) -> Iterator[tuple[_SampleLosses, _SampleLosses]]:
-        """The losses of training and of held-out samples, with all models in evaluation mode."""
+    def _at_rest(self, context) -> Iterator[tuple[_SampleLosses, _SampleLosses, Callable]]:
+        """The losses of training and of held-out samples, and the teacher, with all models in evaluation mode."""
         student, frozen = context.student, context.teacher
         live = context.teacher_model if frozen is None else None  # a peer, or a teacher that learns too
 
@@ -459,8 +461,9 @@ class KDAIF(Wrapper):
                     stack.enter_context(evaluating(model))
             stack.enter_context(evaluating(self.base))
             yield (
-                _SampleLosses(student, self.base, self.base, teacher),
-                _SampleLosses(student, None, self.base, teacher),
+                _SampleLosses(student, self.base, self.base),
+                _SampleLosses(student, None, self.base),
+                teacher,
             )
 
     def _of_last_layer(self, context, train_losses, held_out_losses, train, held_out) -> Tensor:
@@ -525,5 +528,5 @@ class KDAIF(Wrapper):
     def _held_out_risk(self, context) -> Tensor:
         size = min(context.train_batch_size, len(context.held_out_dataset))
         rows = [(int(self.turn) * size + i) % len(context.held_out_dataset) for i in range(size)]
-        with self._at_rest(context) as (_, losses):
+        with self._at_rest(context) as (_, losses, _):
             return losses(context.take(context.held_out_dataset, rows)).mean()

@@ -1,11 +1,12 @@
 """One way to name a model: ours, timm's, a weights file, a folder, a Hub id."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import timm
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
@@ -132,6 +133,39 @@ def load_model(
             "fine-tune it on this task first (--train_teacher)"
         )
     return model
+
+
+def load_outline(folder: str | Path, *, task: str) -> PreTrainedModel | None:
+    """A model in a local folder without its weights, which have shapes and types but no values.
+
+    Args:
+        folder: With a ``config.json`` and safetensors files.
+        task: As for :func:`load_model`.
+
+    Returns:
+        The model on the device ``meta``, or None where :func:`load_model` would not read the same tensors as they are
+        in the files: they have other names there, another precision, or one is missing.
+    """
+    auto_class = {
+        "image-classification": AutoModelForImageClassification,
+        "text-classification": AutoModelForSequenceClassification,
+    }[task]
+    with torch.device("meta"):
+        model = auto_class.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
+    own = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in model.state_dict().items()}
+    stored = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in stored_tensors(folder)}
+    return model.eval() if own == stored else None
+
+
+def stored_tensors(folder: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors in a folder's safetensors files, one at a time, by name."""
+    paths = {}
+    for path in Path(folder).glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            paths.update(dict.fromkeys(file.keys(), path))
+    for name in sorted(paths):
+        with safe_open(paths[name], framework="pt") as file:
+            yield name, file.get_tensor(name)
 
 
 def _label_fields(label_names: Sequence[str] | None, num_labels: int | None) -> dict:

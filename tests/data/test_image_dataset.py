@@ -458,3 +458,124 @@ def test_unfit_splits_are_refused(make_split, processor):
         ImageDataset(split.select([]), processor)
     with pytest.raises(ValueError, match="use augment='crop_flip'"):
         ImageDataset(split, processor, mixup_alpha=0.2, num_labels=3)
+
+
+# Views that have a number
+
+
+def every_crop_and_flip(image, pad=4):
+    """All that crop and flip can make of (H, W, 3), by two loops."""
+    height, width = image.shape[:2]
+    padded = np.pad(image, ((pad, pad), (pad, pad), (0, 0)))
+    crops = [padded[t : t + height, s : s + width] for t in range(2 * pad + 1) for s in range(2 * pad + 1)]
+    return {flipped.tobytes() for crop in crops for flipped in (crop, crop[:, ::-1])}
+
+
+@pytest.mark.parametrize(("augment", "outcomes"), [("crop_flip", 162), ("crop", 81), ("flip", 2)])
+def test_all_views_are_all_outcomes(make_split, processor, augment, outcomes):
+    split = make_split([(32, 32, 3)] * 3)
+    dataset = ImageDataset(split, processor, augment=augment, views=outcomes)
+    assert dataset.outcomes == outcomes
+    view = dataset.views["pixel_values"]
+    seen = [set() for _ in range(3)]
+    for number in range(1, outcomes + 1):
+        batch = dataset.only_view(number).__getitems__([0, 1, 2])
+        assert batch["view"].tolist() == [number] * 3
+        pixels = ((batch["pixel_values"] - view.offset) / view.scale).round().to(torch.uint8).permute(0, 2, 3, 1)
+        for images, image in zip(seen, pixels.numpy(), strict=True):
+            images.add(image.tobytes())
+    for row, images in zip(split, seen, strict=True):
+        expected = every_crop_and_flip(np.asarray(row["image"]))
+        assert len(images) == outcomes
+        assert images <= expected
+        assert len(expected) == 162
+
+
+VIEWS = [
+    ({"augment": "crop_flip"}, (32, 32, 3)),
+    ({"augment": "crop"}, (32, 32, 3)),
+    ({"augment": "crop_flip", "rand_augment": "rand-m9-mstd0.5"}, (32, 32, 3)),
+    ({"rand_augment": "rand-m9-mstd0.5"}, (32, 32, 3)),
+    ({"augment": "crop_flip"}, (80, 90, 3)),
+    ({"augment": "flip", "rand_augment": "rand-m9-mstd0.5"}, (80, 90, 3)),
+]
+
+
+@pytest.mark.parametrize(("options", "shape"), VIEWS)
+def test_an_epoch_draws_from_the_views_and_says_which(make_split, processor, options, shape):
+    split, rows = make_split([shape] * 6), list(range(6))
+    dataset = ImageDataset(split, processor, seed=5, views=3, **options)
+    views = [dataset.only_view(number).__getitems__(rows) for number in range(4)]
+    assert "view" in dataset.column_names
+    numbers = []
+    for epoch in range(8):
+        dataset.set_epoch(epoch)
+        batch = dataset.__getitems__(rows)
+        assert equal(dataset[4], {name: column[4] for name, column in batch.items()})
+        assert batch["view"].tolist() == [1 + draw(5, epoch, index) % 3 for index in batch["index"].tolist()]
+        for i in rows:
+            assert equal(dataset[i], {name: column[i] for name, column in views[int(batch["view"][i])].items()})
+        numbers += batch["view"].tolist()
+    assert set(numbers) == {1, 2, 3}
+    assert len({view["pixel_values"].numpy().tobytes() for view in views}) == 4
+
+
+@pytest.mark.parametrize(("options", "shape"), VIEWS)
+def test_the_views_depend_on_neither_seed_nor_number(make_split, processor, options, shape):
+    split, rows = make_split([shape] * 4), list(range(4))
+    few = ImageDataset(split, processor, views=2, **options)
+    many = ImageDataset(split, processor, seed=9, views=5, **options)
+    many.set_epoch(3)
+    for number in range(3):
+        assert equal(few.only_view(number).__getitems__(rows), many.only_view(number).__getitems__(rows))
+    assert few.preprocessing == many.preprocessing
+
+
+def test_view_0_is_without_augmentation(make_split, processor):
+    split, rows = make_split([(32, 32, 3)] * 4), list(range(4))
+    plain = ImageDataset(split, processor).__getitems__(rows)
+    dataset = ImageDataset(split, processor, augment="crop_flip", views=2)
+    for shown in (dataset.without_augmentation(), dataset.only_view(0)):
+        assert equal(shown.__getitems__(rows), {**plain, "view": torch.zeros(4, dtype=torch.int64)})
+
+
+def test_views_are_alike_in_workers(make_split, processor):
+    dataset = ImageDataset(make_split([(32, 32, 3)] * 16), processor, augment="crop_flip", views=4)
+    here, there = (list(loader(dataset, num_workers=workers)) for workers in (0, 2))
+    assert all(map(equal, here, there))
+
+
+def test_preprocessing_names_what_changes_the_images(make_split, processor):
+    split = make_split([(32, 32, 3)])
+    darker = ViTImageProcessor(size={"height": 32, "width": 32}, image_mean=[0.6] * 3, image_std=[0.25] * 3)
+    described = [
+        ImageDataset(split, processor, **options).preprocessing
+        for options in (
+            {},
+            {"augment": "crop_flip"},
+            {"augment": "flip"},
+            {"rand_augment": "rand-m9-mstd0.5"},
+            {"teacher_processor": darker},
+        )
+    ]
+    assert len({str(one) for one in described}) == 5
+    assert ImageDataset(split, processor, augment="flip").without_augmentation().preprocessing == described[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"views": 3}, "views=3 needs an augmentation to draw from"),
+        ({"views": 0, "augment": "flip"}, "views must be at least 1, got 0: leave it out"),
+        ({"views": 3, "augment": "flip"}, "augment='flip' has 2 outcomes at this size, got views=3: lower it"),
+        (
+            {"views": 3, "augment": "flip", "mixup_alpha": 0.2, "num_labels": 10},
+            "a sample has no views: leave views out",
+        ),
+    ],
+)
+def test_views_that_do_not_fit_are_refused(make_split, processor, options, message):
+    with pytest.raises(ValueError, match=message):
+        ImageDataset(make_split([(32, 32, 3)] * 2), processor, **options)
+    with pytest.raises(ValueError, match="there is no view 1"):
+        ImageDataset(make_split([(32, 32, 3)] * 2), processor).only_view(1)

@@ -1,0 +1,39 @@
+"""Fill a teacher's cache before training, with the flags of the run that will read it.
+
+    python scripts/warm_teacher_cache.py run_image_kd --dataset cifar10 --teacher TEACHER --student resnet20 --views 4
+    torchrun --nproc_per_node 2 scripts/warm_teacher_cache.py run_glue_kd --task mrpc --teacher MODEL --use_cpu
+
+The first word is the example that will train; behind it come its flags (or its YAML file), of which all that change
+what the teacher sees must be the run's: data, teacher, student, augmentation, views, precision, --teacher_cache (here
+true by default). Several processes share the work. Interrupted, it goes on where it was.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+import run_glue_kd  # noqa: E402
+import run_image_kd  # noqa: E402
+
+from hfkd.cli import parse_arguments  # noqa: E402
+
+
+EXAMPLES = {"run_image_kd": run_image_kd, "run_glue_kd": run_glue_kd}
+
+
+def main() -> None:
+    if len(sys.argv) < 2 or sys.argv[1] not in EXAMPLES:
+        sys.exit(f"name the example that will train first: {' or '.join(EXAMPLES)}; then its flags")
+    example = EXAMPLES[sys.argv[1]]
+    types = (example.ModelArguments, example.DataArguments, example.TrainingArguments)
+    model_args, data_args, args = parse_arguments(types, sys.argv[2:])
+    if model_args.train_teacher:
+        sys.exit("the teacher must be trained already: name the folder it was saved in as --teacher")
+    args.teacher_cache = args.teacher_cache or True
+    print(json.dumps(example.run(model_args, data_args, args, only_warm=True)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,733 @@
+"""The teacher's cache: what it gives is what the teacher says, whatever happens to it."""
+
+import functools
+import json
+import multiprocessing
+import os
+import signal
+import time
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    NUM_LABELS,
+    Mutual,
+    Rows,
+    assert_identical,
+    largest_difference,
+    logged,
+    make_trainer,
+    rows,
+    tiny,
+    tiny_teacher,
+    weights,
+)
+from PIL import Image
+from torch.utils.data import IterableDataset, Subset
+from transformers import ViTImageProcessor
+
+from hfkd import DistillationTrainingArguments, TeacherEnsemble
+from hfkd.cache import MANIFEST, TeacherCache
+from hfkd.checks import check_cache
+from hfkd.data import ImageDataset
+from hfkd.distillers import AT, CRD, KD, KDAIF, PKT, TTM, Combined, InContextKD, ModelOutputs, SelfDistillation
+
+
+NAMES = ["cat", "dog", "owl", "fox", "bee"]
+
+
+@pytest.fixture(autouse=True)
+def root(tmp_path, monkeypatch):
+    """No test writes into the user's own caches."""
+    monkeypatch.setenv("HFKD_CACHE", str(tmp_path / "caches"))
+    return tmp_path / "caches"
+
+
+def cached(tmp_path, family="bert", teacher=None, distiller=None, dataset=None, *, trainer=None, **arguments):
+    teacher = teacher if teacher is not None else tiny_teacher(family)
+    dataset = dataset if dataset is not None else rows(family)
+    return make_trainer(
+        tmp_path / "run",
+        tiny(family),
+        teacher,
+        distiller,
+        dataset,
+        trainer=trainer,
+        **{"teacher_cache": True, **arguments},
+    )
+
+
+def counts(trainer):
+    return trainer.cache.hits, trainer.cache.misses
+
+
+def table(cache, view=0):
+    """What is kept of one view, and of which samples."""
+    return cache.logits.read(view * len(cache.index) + np.arange(len(cache.index)))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 2e-3), ("float32", 1e-6)])
+@pytest.mark.parametrize("family", ["bert", "cifar"])
+def test_cached_answers_are_the_teachers(tmp_path, family, dtype, tolerance):
+    """In both epochs, of which the second asks nobody."""
+    online = make_trainer(tmp_path / "online", tiny(family), tiny_teacher(family), KD(), rows(family), max_steps=4)
+    online.train()
+    trainer = cached(tmp_path, family, distiller=KD(), max_steps=4, teacher_cache_dtype=dtype)
+    calls = []
+    trainer.teacher_model.register_forward_hook(lambda *_: calls.append(1))
+    trainer.train()
+    assert (counts(trainer), len(calls)) == ((16, 16), 2)
+    assert logged(trainer, "kd") == pytest.approx(logged(online, "kd"), rel=10 * tolerance)
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(16)])
+    kept, known = table(trainer.cache)
+    assert known.all()
+    assert kept.dtype == dtype
+    np.testing.assert_allclose(kept, online.teacher(batch).logits.numpy(), rtol=tolerance, atol=tolerance)
+
+
+def test_a_second_run_asks_nobody_and_is_the_first(tmp_path):
+    """Also with another method, other labels, another order, another seed: the inputs are the same."""
+    first = cached(tmp_path, max_steps=4)
+    first.train()
+    again = cached(tmp_path, max_steps=4)
+    again.train()
+    assert (counts(first), counts(again)) == ((16, 16), (32, 0))
+    assert_identical(weights(first.model), weights(again.model))
+    turned = rows("bert").columns
+    turned = Rows({name: column.flip(0) for name, column in {**turned, "labels": turned["labels"] * 0}.items()})
+    other = cached(tmp_path, distiller=TTM(), dataset=turned, seed=7, max_steps=2)
+    other.train()
+    assert counts(other) == (16, 0)
+    assert len(list((tmp_path / "caches").iterdir())) == 1
+
+
+def test_an_interrupted_run_goes_on_where_it_was(tmp_path):
+    cached(tmp_path, max_steps=1).train()
+    trainer = cached(tmp_path, max_steps=4)
+    assert trainer.cache.filled == 8
+    trainer.train()
+    assert counts(trainer) == (24, 8)
+
+
+def hub_rows(n=16, **columns):
+    texts = rows("bert", n).columns
+    lengths = texts["attention_mask"].sum(1).tolist()
+    names = ("input_ids", "attention_mask", "token_type_ids")
+    lists = {name: [row[:k] for row, k in zip(texts[name].tolist(), lengths, strict=True)] for name in names}
+    return datasets.Dataset.from_dict(
+        {**lists, "labels": texts["labels"].tolist(), "index": list(range(100, 100 + n)), **columns}
+    )
+
+
+def test_a_hub_data_set_is_kept_by_its_numbers(tmp_path):
+    whole = cached(tmp_path, dataset=hub_rows(), max_steps=2)
+    whole.train()
+    shuffled = hub_rows().shuffle(seed=3)
+    again = cached(tmp_path, dataset=shuffled, max_steps=2)
+    again.train()
+    assert counts(again) == (16, 0)
+    batch = again.data_collator([{k: v for k, v in row.items() if k != "labels"} for row in shuffled])
+    kept = again.cache({**batch, "view": torch.zeros(16, dtype=torch.long)}).logits
+    torch.testing.assert_close(kept.float(), again.teacher(batch).logits, rtol=2e-3, atol=2e-3)
+
+
+# What makes it another cache
+
+
+def changed(change):
+    teacher, dataset, arguments = tiny_teacher("bert"), rows("bert"), {}
+    if change == "teacher":
+        teacher.classifier.bias.data[0] += 1e-6
+    elif change == "heads":
+        teacher = tiny_teacher("bert", num_attention_heads=1)
+    elif change == "inputs":
+        dataset.columns["input_ids"][3, 1] = 1 + dataset.columns["input_ids"][3, 1] % 50
+    elif change == "index":
+        dataset.columns["index"] += 1
+    elif change == "precision":
+        arguments["teacher_dtype"] = "bfloat16"
+    elif change == "autocast":
+        arguments["bf16"] = True
+    elif change == "dtype":
+        arguments["teacher_cache_dtype"] = "float32"
+    elif change == "ensemble":
+        teacher = [teacher, tiny_teacher("bert", seed=3)]
+    return teacher, dataset, arguments
+
+
+CHANGES = {
+    "teacher": "teacher is",
+    "heads": "teacher is",
+    "inputs": "inputs is",
+    "index": "inputs is",
+    "precision": "precision is float32 there and bfloat16 here",
+    "autocast": "precision is float32 there and bfloat16 here",
+    "dtype": "dtype is float16 there and float32 here",
+    "ensemble": "teacher is .*; ensemble is None there",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_another_cache_is_refused_with_the_difference_named(tmp_path, change):
+    folder = str(tmp_path / "mine")
+    cached(tmp_path, teacher_cache=folder, max_steps=1).train()
+    teacher, dataset, arguments = changed(change)
+    with pytest.raises(ValueError, match=rf"(?s)is another one: [^;]*{CHANGES[change]}.*name another folder"):
+        cached(tmp_path, teacher=teacher, dataset=dataset, teacher_cache=folder, **arguments)
+    trainer = cached(tmp_path, teacher=teacher, dataset=dataset, **arguments)  # finds or makes its own
+    assert trainer.cache.filled == 0
+
+
+def test_another_order_of_classes_is_another_cache(tmp_path):
+    def run(order):
+        student, teacher = tiny("bert"), tiny_teacher("bert")
+        student.config.id2label = {i: NAMES[c] for i, c in enumerate(order)}
+        teacher.config.id2label = dict(enumerate(NAMES))
+        folder = str(tmp_path / "mine")
+        return make_trainer(tmp_path / "run", student, teacher, KD(), rows("bert"), teacher_cache=folder, max_steps=2)
+
+    first = run(range(5))
+    first.train()
+    with pytest.raises(ValueError, match="another one: classes is .'cat', 'dog'.* there and .'fox', 'cat'.* here"):
+        run([3, 0, 4, 1, 2])
+
+
+def test_a_saved_and_loaded_teacher_is_the_same(tmp_path):
+    for family in ("bert", "vit", "cifar", "timm"):
+        teacher = tiny_teacher(family)
+        first = cached(tmp_path, family, teacher=teacher)
+        teacher.save_pretrained(tmp_path / family)
+        loaded = type(teacher).from_pretrained(tmp_path / family)
+        assert cached(tmp_path, family, teacher=loaded).cache.folder == first.cache.folder
+
+
+class Noisy(Rows):
+    """Other inputs each time."""
+
+    def __getitem__(self, i):
+        row = super().__getitem__(i)
+        return {**row, "pixel_values": row["pixel_values"] + torch.rand(())}
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        yield from map(rows("bert").__getitem__, range(16))
+
+
+def duplicated():
+    dataset = rows("bert")
+    dataset.columns["index"][3] = 4
+    return dataset
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"family": "cifar", "distiller": AT()},
+            r"AT looks at 'layer1' of its teacher, which gives \(2, 16, 16, 16\), and the",
+        ),
+        (
+            {"teacher": tiny_teacher("bert", seed=3), "distiller": Mutual()},
+            "the teacher of Mutual changes as it trains",
+        ),
+        (
+            {"teacher": TeacherEnsemble([tiny_teacher("bert"), tiny_teacher("bert")], weighting="cross_entropy")},
+            'depend on the labels: use "equal"',
+        ),
+        ({"dataset": Stream()}, "pass a map-style train_dataset"),
+        ({"dataset": rows("bert").with_columns(index=None)}, "kept by the column index, which the training set lacks"),
+        ({"dataset": hub_rows().remove_columns("index")}, "which the training set lacks: add it with"),
+        ({"dataset": hub_rows().with_transform(dict)}, "has a transform"),
+        ({"dataset": duplicated()}, "two training samples have the same number"),
+        ({"family": "cifar", "dataset": Noisy(rows("cifar").columns)}, "gives other inputs each time.*views=V"),
+    ],
+)
+def test_what_cannot_be_kept_is_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        cached(tmp_path, **options)
+
+
+def test_a_made_teacher_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="teacher of SelfDistillation changes"):
+        make_trainer(tmp_path, tiny("bert"), None, SelfDistillation(), rows("bert"), teacher_cache=True)
+
+
+def test_a_folder_that_a_push_would_upload_is_refused(tmp_path):
+    def check(folder):
+        args = DistillationTrainingArguments(str(tmp_path / "run"), teacher_cache=str(folder))
+        check_cache(args, rows("bert"), tiny_teacher("bert"))
+
+    with pytest.raises(ValueError, match="a push uploads all of .*: put teacher_cache= elsewhere"):
+        check(tmp_path / "run" / "checkpoint-3" / ".." / "cache")
+    check(tmp_path / "run-cache")
+
+
+def test_logits_beyond_the_dtype_are_refused(tmp_path):
+    teacher = tiny_teacher("bert")
+    teacher.classifier.bias.data[2] = 1e6
+    with pytest.raises(ValueError, match='logits one is 1e[+]06, beyond float16: pass teacher_cache_dtype="float32"'):
+        cached(tmp_path, teacher=teacher).train()
+    cached(tmp_path, teacher=teacher, teacher_cache_dtype="float32").train()
+
+
+@pytest.mark.parametrize(("given", "kept"), [(True, True), ("true", True), ("False", None), (None, None), ("x", "x")])
+def test_the_argument_takes_a_word_or_a_folder(tmp_path, given, kept):
+    trainer = make_trainer(tmp_path, tiny("bert"), dataset=rows("bert"), teacher_cache=given)
+    assert trainer.args.teacher_cache == kept
+    assert trainer.cache is None
+
+
+def test_an_ensemble_is_kept_as_its_mean(tmp_path):
+    teachers = [tiny_teacher("bert"), tiny_teacher("bert", seed=7)]
+    trainer = cached(tmp_path, teacher=teachers, max_steps=4, teacher_cache_dtype="float32")
+    trainer.train()
+    assert counts(trainer) == (16, 16)
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(16)])
+    batch.pop("labels")
+    np.testing.assert_allclose(table(trainer.cache)[0], trainer.teacher(batch).logits.numpy(), rtol=1e-5, atol=1e-5)
+
+
+def test_the_manifest_keeps_the_teachers_score(tmp_path):
+    trainer = cached(tmp_path, trainer={"eval_dataset": rows("bert", 8, seed=4)}, max_steps=1)
+    trainer.train()
+    score = json.loads((trainer.cache.folder / MANIFEST).read_text())["teacher_score"]
+    assert [score["accuracy"]] == logged(trainer, "teacher_accuracy")
+    assert counts(trainer) == (0, 8)  # the evaluation set has the same numbers, and is none of the cache's
+
+
+@pytest.mark.parametrize("layers", ["last", "all"])
+def test_influence_is_what_it_is_without_the_cache(tmp_path, layers):
+    """Its un-augmented pass over the training set reads the cache, also within a derivative."""
+    held_out = rows("cifar", 8, seed=9)
+    runs = [
+        cached(
+            tmp_path,
+            "cifar",
+            distiller=KDAIF(layers=layers, hessian="identity", warm_up=0.0),
+            trainer={"held_out_dataset": held_out},
+            max_steps=4,
+            teacher_cache=cache,
+            teacher_cache_dtype="float32",
+        )
+        for cache in (False, True)
+    ]
+    for run in runs:
+        run.train()
+    assert counts(runs[1])[1] == 16
+    one, other = (run.distiller.influence for run in runs)
+    assert one.abs().max() > 0
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+# Views
+
+
+def images(n=8, *, pictures=0, **options):
+    """Images of 32 x 32 with scattered numbers."""
+    generator = np.random.default_rng(pictures)
+    drawn = [Image.fromarray(generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(n)]
+    columns = {"image": drawn, "label": [i % NUM_LABELS for i in range(n)], "index": [7 * i + 3 for i in range(n)]}
+    processor = ViTImageProcessor(size={"height": 32, "width": 32})
+    return ImageDataset(datasets.Dataset.from_dict(columns), processor, **options)
+
+
+def ask(trainer, dataset):
+    return trainer.context.teacher(dataset.__getitems__(list(range(len(dataset))))).logits
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 2e-3), ("float32", 1e-6)])
+def test_every_view_is_the_teachers(tmp_path, dtype, tolerance):
+    """All 162 of crop and flip, and the un-augmented sample, asked in one order and read in another."""
+    dataset = images(4, augment="crop_flip", views=162)
+    trainer = cached(tmp_path, "cifar", dataset=dataset, teacher_cache_dtype=dtype)
+    for view in range(163):
+        ask(trainer, dataset.only_view(view))
+    assert counts(trainer) == (0, 4 * 163)
+    trainer.teacher_model.forward = None  # who is asked now fails
+    answers = {view: ask(trainer, dataset.only_view(view)) for view in reversed(range(163))}
+    assert counts(trainer) == (4 * 163, 4 * 163)
+    del trainer.teacher_model.forward
+    for view, kept in answers.items():
+        pixels = dataset.only_view(view).__getitems__([0, 1, 2, 3])["pixel_values"]
+        with torch.no_grad():
+            online = trainer.teacher_model(pixels).logits
+        torch.testing.assert_close(kept.float(), online, rtol=tolerance, atol=tolerance)
+    assert len({kept.numpy().tobytes() for kept in answers.values()}) > 150
+
+
+def test_training_under_augmentation_is_training_without_the_cache(tmp_path):
+    def run(cache):
+        return cached(
+            tmp_path,
+            "cifar",
+            dataset=images(augment="crop_flip", views=3),
+            max_steps=8,
+            teacher_cache=cache,
+            teacher_cache_dtype="float32",
+        )
+
+    online, first, again = run(None), run(True), run(True)
+    for trainer in (online, first):
+        trainer.train()
+    again.train()
+    assert sum(counts(first)) == 64
+    assert 16 < counts(first)[1] == first.cache.filled <= 24
+    assert counts(again) == (64, 0)
+    assert largest_difference(weights(online.model), weights(first.model)) < 1e-5
+    assert_identical(weights(first.model), weights(again.model))
+
+
+def test_two_seeds_two_methods_and_more_views_share_their_views(tmp_path):
+    first = cached(tmp_path, "cifar", dataset=images(augment="crop_flip", views=2), max_steps=12)
+    first.train()
+    assert first.cache.filled == 16  # after 12 epochs all have been met
+    other = images(augment="crop_flip", views=2, seed=1)
+    second = cached(tmp_path, "cifar", dataset=other, distiller=TTM(), seed=5, max_steps=4)
+    second.train()
+    assert counts(second) == (32, 0)
+    more = cached(tmp_path, "cifar", dataset=images(augment="crop_flip", views=5), max_steps=6)
+    more.train()
+    assert counts(more)[1] <= 24
+    again = cached(tmp_path, "cifar", dataset=images(augment="crop_flip", views=2), max_steps=2)
+    again.train()
+    assert counts(again) == (16, 0)
+
+
+def test_a_pass_without_augmentation_gets_no_augmented_view(tmp_path):
+    dataset = images(augment="crop_flip", views=3)
+    trainer = cached(tmp_path, "cifar", dataset=dataset, max_steps=6, teacher_cache_dtype="float32")
+    trainer.train()
+    for _ in range(2):
+        (batch,) = trainer.context.batches(dataset)
+        torch.testing.assert_close(trainer.context.teacher(batch).logits, trainer.teacher(batch).logits)
+        taken = trainer.context.take(dataset, [5, 2])
+        torch.testing.assert_close(trainer.context.teacher(taken).logits, trainer.teacher(batch).logits[[5, 2]])
+    assert table(trainer.cache, 0)[1].all()
+    held_out = images(pictures=3, augment="crop_flip", views=3)  # with the same numbers
+    (batch,) = trainer.context.batches(held_out)
+    torch.testing.assert_close(trainer.context.teacher(batch).logits, trainer.teacher(batch).logits)
+
+
+def test_a_subset_of_images_is_kept_by_its_numbers(tmp_path):
+    dataset = Subset(images(augment="crop_flip", views=2), [6, 1, 4, 3])
+    trainer = cached(tmp_path, "cifar", dataset=dataset, max_steps=4, per_device_train_batch_size=2)
+    trainer.train()
+    assert sum(counts(trainer)) == 8
+    assert trainer.cache.index.tolist() == [10, 24, 31, 45]
+
+
+@pytest.mark.parametrize("options", [{"augment": "crop_flip"}, {"rand_augment": "rand-m9-mstd0.5"}])
+def test_augmentation_without_numbered_views_is_refused(tmp_path, options):
+    for dataset in (images(**options), Subset(images(**options), [0, 1])):
+        with pytest.raises(ValueError, match=r"augmented anew in every epoch: pass ImageDataset\(..., views=V\)"):
+            cached(tmp_path, "cifar", dataset=dataset)
+    with pytest.raises(ValueError, match="Mixup and CutMix make samples that never come again"):
+        cached(tmp_path, "cifar", dataset=images(mixup_alpha=0.2, num_labels=NUM_LABELS, **options))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 1}, "inputs is"),
+        ({"augment": "crop", "views": 2}, "preprocessing is .*'crop_flip'.* there and .*'crop'.* here"),
+        ({"augment": None, "views": None}, "preprocessing is"),
+    ],
+)
+def test_other_images_are_refused(tmp_path, change, message):
+    folder, usual = str(tmp_path / "mine"), {"augment": "crop_flip", "views": 2}
+    cached(tmp_path, "cifar", dataset=images(**usual), teacher_cache=folder)
+    seed = change.pop("seed", 0)
+    if seed:
+        dataset = images(**usual)
+        dataset.pixels[3, 0, 0, 0] ^= 1
+    else:
+        dataset = images(**{**usual, **change})
+    with pytest.raises(ValueError, match=f"another one: {message}"):
+        cached(tmp_path, "cifar", dataset=dataset, teacher_cache=folder)
+
+
+# Filled ahead
+
+
+@pytest.mark.parametrize("views", [None, 3])
+def test_a_cache_filled_ahead_leaves_nothing_to_ask(tmp_path, views):
+    def run(**arguments):
+        dataset = images(augment="crop_flip" if views else None, views=views)
+        return cached(tmp_path, "cifar", dataset=dataset, per_device_eval_batch_size=3, **arguments)
+
+    answers = 8 * (views or 1)
+    run(max_steps=1).train()
+    warm = run()
+    assert warm.cache.filled == 8
+    done = warm.warm_teacher_cache()
+    assert (done["answers"], done["bytes"]) == (answers - 8, warm.cache.bytes)
+    assert warm.cache.bytes >= answers * (2 * NUM_LABELS + 4)
+    assert run().warm_teacher_cache()["answers"] == 0
+    warm.cache.logits.values[warm.cache.logits.checksums != 0] += 1  # all are damaged
+    assert run().warm_teacher_cache()["answers"] == answers
+    trainer = run(max_steps=4)
+    trainer.train()
+    assert counts(trainer) == (32, 0)
+
+
+def test_without_a_cache_there_is_nothing_to_fill(tmp_path):
+    with pytest.raises(ValueError, match="no teacher's cache to fill: pass a teacher, and teacher_cache=True"):
+        cached(tmp_path, teacher_cache=None).warm_teacher_cache()
+
+
+# A teacher in a folder
+
+
+def in_folder(tmp_path, family, **options):
+    teacher = tiny_teacher(family, **options)
+    teacher.save_pretrained(tmp_path / "teacher")
+    return teacher, str(tmp_path / "teacher")
+
+
+@pytest.mark.parametrize("family", ["bert", "cifar", "timm"])
+def test_behind_a_full_cache_the_weights_are_never_loaded(tmp_path, family):
+    teacher, folder = in_folder(tmp_path, family)
+    more = {"max_steps": 4, "trainer": {"eval_dataset": rows(family, 8, seed=4)}}
+    given, named = (cached(tmp_path, family, teacher=one, **more) for one in (teacher, folder))
+    assert not named.teacher.is_loaded
+    for trainer in (given, named):
+        trainer.train()
+    assert named.cache.folder == given.cache.folder
+    assert counts(named) == (32, 0)
+    assert not named.teacher.is_loaded
+    assert all(parameter.is_meta for parameter in named.teacher_model.parameters())
+    assert logged(named, "teacher_accuracy") == logged(given, "teacher_accuracy")
+    assert_identical(weights(given.model), weights(named.model))
+
+
+@pytest.mark.parametrize("family", ["bert", "cifar", "timm"])
+def test_the_weights_are_loaded_for_what_is_not_kept(tmp_path, family):
+    teacher, folder = in_folder(tmp_path, family)
+    cached(tmp_path, family, teacher=teacher, max_steps=1).train()
+    trainer = cached(tmp_path, family, teacher=folder, max_steps=2)
+    trainer.train()
+    assert counts(trainer) == (8, 8)
+    assert trainer.teacher.is_loaded
+    assert_identical(weights(teacher), weights(trainer.context.teacher_model))
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(16)])
+    online = make_trainer(tmp_path, tiny(family), teacher, KD(), rows(family)).teacher(batch).logits
+    np.testing.assert_allclose(table(trainer.cache)[0], online.numpy(), rtol=2e-3, atol=2e-3)
+
+
+def test_a_teacher_in_a_folder_that_learns_is_refused(tmp_path):
+    _, folder = in_folder(tmp_path, "bert")
+    with pytest.raises(ValueError, match="the teacher of Mutual changes as it trains"):
+        cached(tmp_path, teacher=folder, distiller=Mutual())
+
+
+def test_a_folder_is_a_teacher_without_a_cache_too(tmp_path):
+    teacher, folder = in_folder(tmp_path, "bert")
+    trainer = cached(tmp_path, teacher=folder, teacher_cache=None)
+    assert_identical(weights(teacher), weights(trainer.teacher_model))
+
+
+@pytest.mark.parametrize("family", ["vit", "bert"])
+def test_weights_of_other_names_or_precision_are_loaded_at_once(tmp_path, family):
+    """A ViT's are saved under older names."""
+    teacher, folder = in_folder(tmp_path, family)
+    if family == "bert":
+        teacher.half().save_pretrained(folder)
+    trainer = cached(tmp_path, family, teacher=folder, max_steps=2)
+    assert {(p.dtype, p.is_meta) for p in trainer.teacher_model.parameters()} == {(torch.float32, False)}
+    trainer.train()
+    assert counts(trainer) == (0, 16)
+
+
+def test_another_order_of_classes_in_a_folder(tmp_path):
+    student, order = tiny("bert"), [3, 0, 4, 1, 2]
+    student.config.id2label = {i: NAMES[c] for i, c in enumerate(order)}
+    teacher, folder = in_folder(tmp_path, "bert", id2label=dict(enumerate(NAMES)))
+    trainers = [
+        make_trainer(tmp_path, student, one, KD(), rows("bert"), teacher_cache=True, max_steps=2)
+        for one in (folder, teacher)
+    ]
+    for trainer in trainers:
+        trainer.train()
+    assert [counts(trainer) for trainer in trainers] == [(0, 16), (16, 0)]
+    batch = trainers[1].data_collator([trainers[1].train_dataset[i] for i in range(16)])
+    np.testing.assert_allclose(
+        table(trainers[0].cache)[0], trainers[1].teacher(batch).logits.numpy(), rtol=2e-3, atol=2e-3
+    )
+
+
+# Features
+
+
+def test_vectors_of_a_layer_are_kept_too(tmp_path):
+    """A bank, whose fill is an un-augmented pass, and a method that compares features at every step."""
+
+    def run(distiller, cache):
+        dataset = images(16, augment="crop_flip", views=2)
+        trainer = cached(
+            tmp_path,
+            "cifar",
+            None,
+            distiller,
+            dataset,
+            max_steps=6,
+            teacher_cache=cache,
+            teacher_cache_dtype="float32",
+        )
+        trainer.train()
+        return trainer
+
+    logits_alone = run(KD(), True)
+    assert logits_alone.cache.filled > 16
+    methods = (
+        lambda: InContextKD(neighbours=2, negatives=4),
+        lambda: CRD(embedding_size=4, negatives=6),
+        lambda: Combined({"kd": KD(), "pkt": PKT(teacher_layers="linear:input")}, task_from="kd"),
+    )
+    misses = []
+    for method in methods:
+        online, kept = run(method(), None), run(method(), True)
+        one, other = (weights(trainer.model, trainer.distiller) for trainer in (online, kept))
+        assert one.keys() == other.keys()
+        for name, tensor in one.items():
+            torch.testing.assert_close(tensor, other[name], rtol=1e-3, atol=1e-4, msg=name)
+        misses.append(counts(kept)[1])
+    assert misses[0] > 16  # asked again, since logits were kept alone
+    assert misses[1:] == [0, 0]
+
+
+# What may happen to the files
+
+
+def damaged(cache, name, change):
+    content = bytearray((cache.folder / name).read_bytes())
+    change(content)
+    (cache.folder / name).write_bytes(content)
+
+
+def flip(content):
+    content[8 * 2 * NUM_LABELS] ^= 1  # one bit in row 8
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "lost"),
+    [
+        ("logits", flip, 1),
+        ("logits.checksums", lambda content: content.__setitem__(slice(12, 20), bytes(8)), 2),
+        ("logits", lambda content: content.__delitem__(slice(4 * 2 * NUM_LABELS, None)), 12),
+        ("logits.checksums", lambda content: content.clear(), 16),
+    ],
+)
+def test_a_damaged_row_is_absent(tmp_path, name, change, lost):
+    whole = cached(tmp_path, max_steps=2)
+    whole.train()
+    expected = table(whole.cache)[0].copy()
+    damaged(whole.cache, name, change)
+    trainer = cached(tmp_path, max_steps=2)
+    assert (~table(trainer.cache)[1]).sum() == lost
+    trainer.train()
+    assert counts(trainer) == (16 - lost, lost)
+    np.testing.assert_allclose(table(trainer.cache)[0], expected, rtol=2e-3)
+
+
+def test_a_row_in_the_place_of_another_is_absent(tmp_path):
+    trainer = cached(tmp_path, max_steps=2)
+    trainer.train()
+    for column in (trainer.cache.logits.values, trainer.cache.logits.checksums):
+        column[[2, 9]] = column[[9, 2]]
+    assert np.flatnonzero(~table(trainer.cache)[1]).tolist() == [2, 9]
+
+
+def test_a_damaged_manifest_is_refused(tmp_path):
+    folder = tmp_path / "mine"
+    cached(tmp_path, teacher_cache=str(folder), max_steps=1).train()
+    (folder / MANIFEST).write_text((folder / MANIFEST).read_text()[:40])
+    with pytest.raises(ValueError, match=r"manifest.json is damaged: name another folder in teacher_cache="):
+        cached(tmp_path, teacher_cache=str(folder))
+    (folder / MANIFEST).unlink()
+    with pytest.raises(ValueError, match="holds a teacher's answers without manifest.json"):
+        cached(tmp_path, teacher_cache=str(folder))
+
+
+SAMPLES, WIDTH, VIEWS = 256, 4000, 2
+ALL = (VIEWS + 1) * SAMPLES
+IDENTITY = {"precision": "float32", "dtype": "float16"}
+
+
+@functools.cache
+def answers():
+    """Of a teacher without a model, to every sample of every view."""
+    return torch.sin(torch.arange(ALL)[:, None] * 0.7 + torch.arange(WIDTH) * 0.01) + 2
+
+
+class Formula:
+    """Gives them; ``noise`` makes two of it disagree a little."""
+
+    precision = "float32"
+
+    def __init__(self, noise):
+        self.noise = noise
+
+    def __call__(self, batch):
+        return ModelOutputs(answers()[batch["view"] * SAMPLES + batch["index"]] + self.noise)
+
+
+def formula_cache(folder, noise=0.0):
+    return TeacherCache(Formula(noise), np.arange(SAMPLES), IDENTITY, classes=WIDTH, folder=folder, views=VIEWS)
+
+
+def fill(folder, seed, noise=0.0):
+    cache = formula_cache(folder, noise)
+    for part in torch.randperm(ALL, generator=torch.Generator().manual_seed(seed)).split(64):
+        cache({"index": part % SAMPLES, "view": part // SAMPLES})
+    return cache
+
+
+def kept_and_right(cache, *noises):
+    """How many rows are there; asserts that they are the answers, with some noise or other."""
+    kept, known = cache.logits.read(np.arange(ALL))
+    off = [np.abs(kept[known] - answers().numpy()[known] - noise).max(1) for noise in noises]
+    assert (np.min(off, axis=0) < 2e-3).all()
+    return int(known.sum())
+
+
+def process(*arguments):
+    return multiprocessing.get_context("fork").Process(target=fill, args=arguments)
+
+
+def test_a_writer_may_be_killed_at_any_moment(tmp_path):
+    """Each time every row is the teacher's or absent; then one run completes what they left."""
+    generator = np.random.default_rng(0)
+    cache, there = formula_cache(tmp_path / "cache"), []
+    for seed in range(20):
+        cache.logits.checksums[:] = 0
+        cache.logits.values[:] = 0
+        writer = process(tmp_path / "cache", seed)
+        writer.start()
+        enough = int(generator.integers(0, 8)) * 64
+        while cache.filled <= enough:
+            assert writer.is_alive()
+        time.sleep(generator.uniform(0, 0.002))
+        os.kill(writer.pid, signal.SIGKILL)
+        writer.join()
+        there.append(kept_and_right(cache, 0.0))
+    assert len(set(there)) > 5
+    last = fill(tmp_path / "cache", 99)
+    assert (last.hits, last.misses) == (there[-1], ALL - there[-1])
+    assert kept_and_right(cache, 0.0) == ALL
+
+
+def test_two_writers_share_one_cache(tmp_path):
+    """They answer a little differently, as two batches of one sample do: a row is one of the two, or absent."""
+    writers = [process(tmp_path / "cache", seed, noise) for seed, noise in ((0, 0.0), (1, 0.25))]
+    cache = formula_cache(tmp_path / "cache")
+    for writer in writers:
+        writer.start()
+    while any(writer.is_alive() for writer in writers):
+        kept_and_right(cache, 0.0, 0.25)
+    for writer in writers:
+        writer.join()
+        assert writer.exitcode == 0
+    assert kept_and_right(cache, 0.0, 0.25) > 0.9 * ALL
