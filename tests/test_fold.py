@@ -84,6 +84,7 @@ def learning(folder, kind, distiller, *, dropout=0.0, trainer=None, **arguments)
     """A trainer whose head moves far in a few steps."""
     family = family_of(kind)
     defaults = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 0.3}
+    defaults["distiller_learning_rate"] = 0.3
     models = student_of(kind, dropout=dropout), tiny_teacher(family)
     return make_trainer(folder, *models, distiller, rows(family, 16), trainer=trainer, **{**defaults, **arguments})
 
