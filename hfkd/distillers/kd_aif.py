@@ -314,20 +314,19 @@ class KDAIF(Wrapper):
             self.register_buffer("gain", torch.tensor(0.0))
             self.register_buffer("turn", torch.tensor(0))
 
-    def _rows(self, index: Tensor) -> Tensor:
-        return torch.searchsorted(self.sample_index, index)
+    def _weight_of(self, batch: Mapping[str, Tensor]) -> Tensor:
+        return self.weights[torch.searchsorted(self.sample_index, batch["index"])]
 
     # Loss
 
     def forward(self, student, teacher, batch):
-        weight = self.weights[self._rows(batch["index"])]
+        weight = self._weight_of(batch)
         return {name: weight * term for name, term in super().forward(student, teacher, batch).items()}
 
     def teacher_terms(self, teacher, student, batch):
+        weight = self._weight_of(batch)
         if self.teacher_update == "none":
-            weight = self.weights[self._rows(batch["index"])]
             return {name: weight * term for name, term in super().teacher_terms(teacher, student, batch).items()}
-        weight = self.weights[self._rows(batch["index"])]
         terms = {"teacher_task": weight * self.hard_label_loss(teacher.logits, batch["labels"])}
         if self.teacher_update == "meta":
             terms["teacher_meta"] = self._meta_term(teacher, batch)
