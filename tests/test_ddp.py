@@ -51,6 +51,12 @@ def test_the_data_set_hears_of_each_epoch(two_processes):
         assert sorted(set(result["epochs"])) == [0, 1]
 
 
+def test_all_take_the_buffers_of_the_first_process(two_processes):
+    for result in two_processes["aligned"]:
+        assert result["buffers"]
+        assert all((buffer == 3).all() for buffer in result["buffers"].values())
+
+
 def test_influence_weights_are_alike_and_equal_one_process(two_processes, one_process):
     """Each process measures its share, of 7 held-out samples 4 and 3."""
     ranks, expected = two_processes["influence"], one_process("influence")

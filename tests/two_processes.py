@@ -122,7 +122,7 @@ def contrastive(folder) -> dict:
 
 
 def influence(folder) -> dict:
-    """Weights by influence, on shares of unequal size; running statistics differ between processes until aligned."""
+    """Weights by influence, on shares of unequal size."""
     student, distiller = freeze_batch_norm(tiny("resnet")).double(), KDAIF(weighting="exp_minmax", warm_up=0.0)
     trainer = make_trainer(
         folder,
@@ -197,6 +197,15 @@ def every_method(folder) -> dict:
         learning = [trainer.teacher_model] if trainer._saves_teacher else []
         trained[name] = weights(trainer.model, distiller, *learning)
     return trained
+
+
+def aligned(folder) -> dict:
+    """Buffers of a network that are each process's own, integers among them, given those of the first."""
+    student = tiny("resnet")
+    for buffer in student.buffers():
+        buffer.fill_(3 + rank())
+    make_trainer(folder, student, dataset=rows("resnet")).context.align_buffers(student)
+    return {"buffers": dict(student.named_buffers())}
 
 
 def mutual(folder) -> dict:
@@ -349,6 +358,7 @@ SCENARIOS = {
     "bank": bank,
     "contrastive": contrastive,
     "influence": influence,
+    "aligned": aligned,
     "in_context": in_context,
     "every_method": every_method,
     "mutual": mutual,
