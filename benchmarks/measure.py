@@ -1,0 +1,107 @@
+"""How the benchmarks measure: rounds of everybody in random order, ratios within a round, medians and quartiles."""
+
+import os
+import platform
+import random
+import re
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+
+def interleave(cases: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """What each case returned in each round, after a round that does not count."""
+    for case in cases.values():
+        case()
+    measured = {name: [] for name in cases}
+    for number in range(rounds):
+        order = list(cases)
+        random.Random(number).shuffle(order)
+        for name in order:
+            measured[name].append(cases[name]())
+    return measured
+
+
+def ratio(one: Sequence[float], other: Sequence[float], target: str) -> dict:
+    """Median and quartiles of the ratios, round by round, beside what they should be (``"<= 1.05"``)."""
+    ratios = [a / b for a, b in zip(one, other, strict=True)]
+    low, value, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
+    return {"value": value, "low": low, "high": high, "target": target, "runs": len(ratios)}
+
+
+def misses(record: Mapping) -> bool:
+    """Whether a target is missed: by the whole interval."""
+    sign, bound = record["target"].split()
+    return record["low"] > float(bound) if sign == "<=" else record["high"] < float(bound)
+
+
+def synchronize() -> None:
+    """Wait for the GPU, where there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    """Wall seconds."""
+    synchronize()
+    start = time.perf_counter()
+    work()
+    synchronize()
+    return time.perf_counter() - start
+
+
+class PeakMemory:
+    """The most anonymous memory that this process held, in bytes; a mapped file is not memory.
+
+    >>> with PeakMemory() as peak:
+    ...     _ = bytearray(1 << 24)
+    >>> peak.bytes > 1 << 24
+    True
+    """
+
+    def __enter__(self):
+        self.bytes, self._stop = self._now(), threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._stop.set()
+        self._thread.join()
+        self.bytes = max(self.bytes, self._now())
+
+    def _watch(self):
+        while not self._stop.wait(0.002):
+            self.bytes = max(self.bytes, self._now())
+
+    @staticmethod
+    def _now() -> int:
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(re.search(r"RssAnon:\s+(\d+)", status).group(1))
+
+
+def in_a_process(script: Path, *words: str) -> float:
+    """The number that a script prints in its last line, in a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    done = subprocess.run(
+        [sys.executable, str(script), *words], env=environment, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"{script.name} {' '.join(words)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
+    return float(done.stdout.split()[-1])
+
+
+def machine() -> str:
+    """Processor, cores, accelerator and versions."""
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    gpu = [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
+    processor = f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
+    return ", ".join([processor, *gpu, f"{torch.get_num_threads()} threads", f"torch {torch.__version__}"])

@@ -1,0 +1,1 @@
+def ratios(quick): return {}
