@@ -49,9 +49,7 @@ def image_models(pair: str) -> tuple[nn.Module, nn.Module]:
 def images(number: int) -> datasets.Dataset:
     """CIFAR-10's first training images, or, without the data, noise of that size."""
     if (DATA / "cifar10").is_dir():
-        data = load_image_data(
-            "cifar10", data_dir=DATA / "cifar10", validation_fraction=0.0, max_train_samples=number
-        )
+        data = load_image_data("cifar10", data_dir=DATA / "cifar10", validation_fraction=0.0, max_train_samples=number)
         return data.train
     pixels = np.random.default_rng(0).integers(0, 256, (number, 32, 32, 3), dtype=np.uint8)
     features = datasets.Features(

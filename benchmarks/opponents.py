@@ -1,4 +1,4 @@
-"""What hfkd is measured against: the loop of the literature, torchdistill and TextBrewer, each as its users write it."""
+"""What hfkd is measured against, each as its users write it: the loop of the literature, torchdistill, TextBrewer."""
 
 import logging
 import tempfile

@@ -1,1 +1,2 @@
-def ratios(quick): return {}
+def ratios(quick):
+    return {}

@@ -1,7 +1,7 @@
 """hfkd against plain training, the loop of the literature, torchdistill and TextBrewer: ratios, each in one run.
 
-    python benchmarks/run.py --output outputs/bench.json          # under 30 minutes on 2 cores; make bench
-    python benchmarks/run.py --quick --output outputs/bench.json  # under 3, on so little that the numbers only show that it runs
+    python benchmarks/run.py --output outputs/bench.json          # or make bench: under 30 minutes on 2 cores
+    python benchmarks/run.py --quick --output outputs/bench.json  # under 3 minutes, and only shows that it runs
 
 All sides of a ratio run in turn, in random order, a few rounds long; a ratio is taken in each round, and the table has
 the median with the quartiles. A target is missed when the whole interval is on its wrong side. Everybody computes in
@@ -118,7 +118,9 @@ class Benchmark:
                 with self._unless_missing("torchdistill"):
                     box = opponents.torchdistill_box(pictures, batch_size=64)
                     sides["torchdistill"] = lambda box=box: seconds_of(box)
-            self._epochs(pair, sides, teacher, student, lambda views, s=split, m=student: image_set(s, m, views), rounds)
+            self._epochs(
+                pair, sides, teacher, student, lambda views, s=split, m=student: image_set(s, m, views), rounds
+            )
             gold = {"online": 1.4, "cached": 2.5} if pair == RESNET else {"online": 1.1, "cached": 2.2}
             for side in sides:
                 name = "the reference loop" if side == "reference" else side
@@ -187,7 +189,16 @@ class Benchmark:
             self.skipped["time to first step"] = "cifar10_jpeg (HFKD_DATA_DIR) is missing"
             return
         script = HERE.parent / "examples/run_image_kd.py"
-        words = ["--dataset", "cifar10", "--data_dir", DATA / "cifar10_jpeg", "--student", "resnet20", "--disable_tqdm", "True"]
+        words = [
+            "--dataset",
+            "cifar10",
+            "--data_dir",
+            DATA / "cifar10_jpeg",
+            "--student",
+            "resnet20",
+            "--disable_tqdm",
+            "True",
+        ]
         words += ["--teacher", DATA / "teachers/resnet56_cifar10_jpeg.safetensors", "--logging_steps", "1"]
         command = [sys.executable, "-u", script, *words, "--output_dir", self.folder / "start"]
         starts = []
@@ -208,7 +219,9 @@ class Benchmark:
         image_models(RESNET)[0].save_pretrained(teacher)
         words = [str(self.size.images), str(self.folder / "memory"), str(teacher), str(cache)]
         in_a_process(HERE / "memory.py", "fill", *words)
-        sides = {side: lambda side=side: in_a_process(HERE / "memory.py", side, *words) for side in ("cached", "alone")}
+        sides = {
+            side: lambda side=side: in_a_process(HERE / "memory.py", side, *words) for side in ("cached", "alone")
+        }
         peaks = {side: [measure() for _ in range(min(3, self.size.rounds))] for side, measure in sides.items()}
         name = "peak memory, full cache / student-only training"
         self.ratios[name] = ratio(peaks["cached"], peaks["alone"], "<= 1.05")
@@ -290,7 +303,7 @@ def draw(ratios: dict, path: Path) -> None:
     figure = Figure(figsize=(9, 0.32 * len(ratios) + 1.2), layout="constrained")
     axes = figure.subplots()
     axes.axvspan(0.1, 1, color="0.93")
-    for row, (name, record) in enumerate(reversed(ratios.items())):
+    for row, record in enumerate(reversed(ratios.values())):
         sign, bound = record["target"].split()
         parts = [record[key] / float(bound) for key in ("low", "value", "high")]
         # The same side is good for all: how many times the target a cost is, or a speed-up falls short of it.

@@ -1,6 +1,8 @@
+import io
 import pickle
 import random
 
+import datasets
 import numpy as np
 import pytest
 import timm
@@ -394,6 +396,30 @@ def test_every_mode_becomes_colour_or_grey(make_split, processor, mode, side):
         if augment is None:
             expected = grey(images=[image.convert("L") for image in images], return_tensors="pt")["pixel_values"]
             torch.testing.assert_close(batch["pixel_values"], expected, atol=1.01 / 255 / 0.5, rtol=0)
+
+
+@pytest.mark.parametrize("side", [1, 8, 31, 33])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
+def test_pixels_are_those_that_pil_decodes(processor, kind, mode, side):
+    noise = np.random.default_rng(side).integers(0, 256, (side, side + 2, 3), dtype=np.uint8)
+    image, encoded = Image.fromarray(noise).convert(mode), io.BytesIO()
+    turned = Image.Exif()
+    turned[0x0112] = 6  # lies on its side
+    extra = {"exif": turned} if kind in ("JPEG", "PNG", "WEBP") else {}
+    try:
+        image.save(encoded, kind, **({"lossless": True} if kind == "WEBP" else {}), **extra)
+    except (OSError, ValueError):
+        pytest.skip(f"PIL writes no {mode} as {kind}")
+    features = datasets.Features(
+        image=datasets.Image(), label=datasets.ClassLabel(num_classes=2), index=datasets.Value("int64")
+    )
+    columns = {"image": [{"bytes": encoded.getvalue(), "path": None}], "label": [0], "index": [0]}
+    split = datasets.Dataset.from_dict(columns, features)
+    expected = split[0]["image"]
+    expected = np.atleast_3d(np.asarray(expected.convert("L" if expected.mode in ("1", "L") else "RGB")))
+    assert expected.shape[:2] == ((side + 2, side) if extra else (side, side + 2))
+    np.testing.assert_array_equal(ImageDataset(split, processor).pixels[0], expected.transpose(2, 0, 1))
 
 
 def test_grey_and_colour_together(make_split, processor):
