@@ -4,9 +4,9 @@
     python benchmarks/epochs.py --images 512 --rounds 1 --output outputs/epochs.json     # shows that it runs
 
 Sides: the reference loop in float32, hfkd with the teacher at every step, from a full cache of 4 views, and the
-student alone. The floor is what arithmetic and memory cannot go below: the operations of the teacher's forward pass and the
-student's step at the rate of a large matrix product, or the bytes that their convolutions read and write at the rate
-of a large copy, whichever takes longer; both rates are measured here. It is counted for each side that has a teacher.
+student alone. The floor is what arithmetic and memory cannot go below: the operations of the student's step, and of
+the teacher's forward pass where it is asked, at the rate of a large matrix product, or the bytes that their
+convolutions read and write at the rate of a large copy, whichever takes longer. Both rates are measured here.
 """
 
 import argparse

@@ -1,12 +1,19 @@
 """The benchmarks run, and their arithmetic is right; what they measured is in the docs."""
 
+import copy
 import importlib
 import json
+import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from helpers import largest_difference
 from transformers.utils import logging
+
+from hfkd.distillers import KD
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,3 +51,134 @@ def test_what_compares_tokens_is_measured_on_text(method_cost):
     kinds = {method: method_cost.kind_of(method) for method in method_cost.METHODS}
     text = {method for method, kind in kinds.items() if kind == "text"}
     assert text == {"HiddenStates()", "HiddenStates('cosine')", "AttentionMaps()", "AttentionMaps('kl')"}
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """The module of that name, forgotten again with all that it imported."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    verbosity, threads = logging.get_verbosity(), torch.get_num_threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))
+    before = set(sys.modules)
+    yield importlib.import_module
+    logging.set_verbosity(verbosity)
+    torch.set_num_threads(threads)
+    for name in {path.stem for path in (ROOT / "benchmarks").glob("*.py")} - before:
+        sys.modules.pop(name, None)
+
+
+def test_a_round_has_everybody_and_ratios_have_quartiles(benchmark):
+    measure = benchmark("measure")
+    calls = []
+    seconds = measure.interleave({name: lambda name=name: calls.append(name) or len(calls) for name in "abc"}, 4)
+    assert calls[:3] == list("abc")  # the round that does not count
+    assert all(sorted(calls[3 * i : 3 * i + 3]) == list("abc") for i in range(5))
+    assert sorted(number for numbers in seconds.values() for number in numbers) == list(range(4, 16))
+    record = measure.ratio([2.0, 40.0, 6.0, 1.0, 10.0], [1.0, 10.0, 1.0, 1.0, 2.0], ">= 2.5")
+    assert record == {"value": 4.0, "low": 2.0, "high": 5.0, "target": ">= 2.5", "runs": 5}
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "target", "missed"),
+    [
+        (1.04, 1.2, "<= 1.05", False),
+        (1.06, 1.2, "<= 1.05", True),
+        (2.0, 2.6, ">= 2.5", False),
+        (2, 2.4, ">= 2.5", True),
+    ],
+)
+def test_a_target_is_missed_by_the_whole_interval(benchmark, low, high, target, missed):
+    assert benchmark("measure").misses({"low": low, "high": high, "target": target}) is missed
+
+
+def test_peak_memory_is_that_of_arrays_and_not_of_mapped_files(benchmark, tmp_path):
+    measure, size = benchmark("measure"), 2**26
+    (tmp_path / "file").write_bytes(bytes(size))
+    with measure.PeakMemory() as peak:
+        first = peak.bytes
+        assert np.memmap(tmp_path / "file", np.uint8).sum() == 0
+    assert peak.bytes - first < size / 2
+    with measure.PeakMemory() as peak:
+        first = peak.bytes
+        held = np.ones(size, np.uint8)
+        del held
+    assert size / 2 < peak.bytes - first < 2 * size
+
+
+def test_the_reference_loop_and_the_trainer_compute_the_same(benchmark, tmp_path, monkeypatch):
+    """Their times are compared, so they must do the same work: equal weights after an epoch of the same batches."""
+    cases, opponents = benchmark("cases"), benchmark("opponents")
+    monkeypatch.setitem(cases.PAIRS, "tiny", ("resnet14", "resnet8"))
+    monkeypatch.setattr(opponents, "DataLoader", lambda batches, *_, **__: batches)
+    teacher, student = (model.double() for model in cases.image_models("tiny"))
+    generator = torch.Generator().manual_seed(0)
+    batches = [
+        {
+            "pixel_values": torch.randn(8, 3, 32, 32, generator=generator, dtype=torch.float64),
+            "labels": torch.randint(10, (8,), generator=generator),
+            "index": torch.arange(8) + 8 * step,
+        }
+        for step in range(3)
+    ]
+    theirs = copy.deepcopy(student)
+    ordered = [batches[(step + 1) % 3] for step in range(3)]  # FixedBatches begins with the second
+    opponents.reference_loop(teacher, theirs, [(b["pixel_values"], b["labels"]) for b in ordered], 8)()
+    kd = KD(alpha=opponents.ALPHA, temperature=opponents.TEMPERATURE)
+    cases.Epochs(student, teacher, cases.FixedBatches(batches), tmp_path, batch_size=8, distiller=kd)()
+    different = largest_difference(student.state_dict(), theirs.state_dict())
+    assert different < 1e-5  # our losses are in float32
+
+
+def test_the_benchmark_has_its_format_and_leaves_out_what_is_missing(benchmark, tmp_path, monkeypatch, capsys):
+    run = benchmark("run")
+    monkeypatch.setattr(run, "QUICK", run.Size(images=8, wide_images=8, steps=1, rounds=1, slow_rounds=1, starts=1))
+    monkeypatch.setattr(run, "RESNET", "tiny")
+    monkeypatch.setitem(run.cases.PAIRS, "tiny", ("resnet14", "resnet8"))
+    monkeypatch.setitem(sys.modules, "torchdistill.core.distillation", None)
+    monkeypatch.setattr(run, "text_models_and_data", missing)
+    monkeypatch.setattr(run, "WRN", "tiny")
+    output = tmp_path / "bench.json"
+    parts = ["steps", "images", "text", "input", "logging"]
+    run.main(["--quick", "--threads", "1", "--output", str(output), "--only", *parts])
+    record = json.loads(output.read_text())
+    assert record["machine"]
+    assert list(record["ratios"]) == [
+        "online KD step / (student step + teacher forward), tiny",
+        "cached KD step / student-only step, tiny",
+        "epoch against the reference loop, tiny, online",
+        "epoch against the reference loop, tiny, cached",
+        "images/s of the input pipeline / per-sample torchvision, batch 64",
+        "logging on / off, 10 terms",
+    ]
+    for ratio in record["ratios"].values():
+        assert {"value", "low", "high", "target", "runs"} <= set(ratio)
+        assert 0 < ratio["low"] <= ratio["value"] <= ratio["high"]
+    cached = record["ratios"]["epoch against the reference loop, tiny, cached"]
+    assert cached["bytes"] > 0
+    assert cached["fill_seconds"] > 0
+    assert set(record["skipped"]) == {"torchdistill", run.TEXT, f"steps, {run.TEXT}"}
+    assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert "left out: torchdistill" in capsys.readouterr().out
+
+
+def missing(*_):
+    raise FileNotFoundError("not here")
+
+
+def test_epochs_stand_beside_the_floor(benchmark, tmp_path, monkeypatch):
+    epochs = benchmark("epochs")
+    student = epochs.cases.image_models(epochs.PAIR)[1]
+    operations, numbers = epochs.work_of(student, torch.bfloat16, trained=True)
+    assert operations == pytest.approx(3 * 2 * 40.8e6, rel=0.01)  # He et al. count 41 million multiplications
+    wide, middle, narrow = 16 * 32**2, 32 * 16**2, 64 * 8**2
+    first = 3 * 32**2 + wide + 6 * (wide + wide)
+    later = [2 * (before + after) + 5 * (after + after) for before, after in ((wide, middle), (middle, narrow))]
+    assert numbers == 3 * 2 * (first + sum(later))
+    monkeypatch.setattr(epochs, "rates", lambda dtype: (1e9, 1e9))
+    monkeypatch.setitem(epochs.cases.PAIRS, epochs.PAIR, ("resnet14", "resnet8"))
+    words = ["--images", "16", "--rounds", "1", "--batch_sizes", "8", "--output", str(tmp_path / "epochs.json")]
+    record = epochs.main(words)["epochs"]
+    assert len(record) == 4
+    online, alone = record["online, batch 8"], record["student alone, batch 8"]
+    assert online["floor_seconds"] > alone["floor_seconds"] > 0
+    assert online["minutes_for_240"] == pytest.approx(4 * online["seconds"])

@@ -1,6 +1,5 @@
 """Images as finished batches: decoded once where they are small, augmented and normalised a batch at a time."""
 
-import contextlib
 import copy
 import hashlib
 import os
@@ -13,7 +12,6 @@ from timm.data import Mixup, rand_augment_transform
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.io import decode_image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import resize, to_pil_image
 from tqdm.auto import tqdm
@@ -435,25 +433,12 @@ def _decode_small(split: datasets.Dataset) -> np.ndarray | None:
     feature, rows = split.features["image"], split.cast_column("image", datasets.Image(decode=False))
     images = []
     for start in tqdm(range(0, len(split), 1000), desc="Decoding images", unit="k", disable=len(split) < 5000):
-        images += [_decode(value, feature) for value in rows[start : start + 1000]["image"]]
-        if any(image.shape[:0:-1] != first.size for image in images[start:]):
+        batch = [feature.decode_example(value) for value in rows[start : start + 1000]["image"]]
+        if any(image.size != first.size for image in batch):
             return None
-    if any(len(image) != 1 for image in images):
-        images = [np.broadcast_to(image, (3, *image.shape[1:])) for image in images]
-    return np.stack(images)
-
-
-def _decode(value: dict, feature: datasets.Image) -> np.ndarray:
-    """One image, grey or in colour, as (C, H, W) uint8."""
-    encoded = value["bytes"] or b""
-    # torchvision decodes these up to three times faster than PIL, to the same pixels; others it decodes otherwise.
-    if encoded.startswith(b"\xff\xd8") or (
-        encoded.startswith(b"\x89PNG") and encoded[24:26] in (b"\x08\0", b"\x08\2")
-    ):
-        with contextlib.suppress(RuntimeError):
-            content = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
-            image = decode_image(content, apply_exif_orientation=True).numpy()
-            if len(image) in (1, 3):
-                return image
-    image = np.asarray(_as_grey_or_rgb(feature.decode_example(value)))
-    return image[None] if image.ndim == 2 else image.transpose(2, 0, 1)
+        images.append([np.asarray(_as_grey_or_rgb(image)) for image in batch])
+    arrays = [array for batch in images for array in batch]
+    if any(array.ndim == 3 for array in arrays):
+        arrays = [array if array.ndim == 3 else np.stack([array] * 3, axis=-1) for array in arrays]
+        return np.ascontiguousarray(np.stack(arrays).transpose(0, 3, 1, 2))
+    return np.stack(arrays)[:, None]
