@@ -25,6 +25,7 @@ from hfkd.checks import (
     check_cache,
     check_columns,
     check_ensemble,
+    check_head,
     check_labels,
     check_processes,
     check_teacher,
@@ -352,7 +353,9 @@ class DistillationTrainer(Trainer):
 
     @classmethod
     def _load_waiting(cls, path: str, student: nn.Module) -> nn.Module:
-        return use_channels_last(load_teacher(path, task=cls._task_of(student)))
+        teacher = load_teacher(path, task=cls._task_of(student))
+        check_head(teacher)
+        return use_channels_last(teacher)
 
     def _set_up_distiller(self) -> None:
         """Allocate the method's own parameters and put all that trains into one module."""

@@ -308,9 +308,10 @@ def cached(folder) -> dict:
             teacher_cache_dtype="float32",
             **share(),
         )
-        trainer.train()
+        metrics = trainer.train().metrics
+        metrics = {key: value for key, value in metrics.items() if key.startswith("teacher_cache")}
         figures = {name: getattr(trainer.cache, name) for name in ("hits", "misses", "filled")}
-        results[name] = {"weights": weights(student), **figures}
+        results[name] = {"weights": weights(student), "metrics": metrics, **figures}
     dataset = rows("bert", 13)
     trainer = make_trainer(
         folder / "third",
