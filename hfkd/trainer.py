@@ -698,8 +698,8 @@ class DistillationTrainer(Trainer):
         Each process takes its share. Interrupted, the next call goes on where this one was.
 
         Returns:
-            ``answers`` that this process asked for, ``seconds``, the ``bytes`` of the cache, and what all of it took:
-            :meth:`hfkd.cache.TeacherCache.figures`.
+            ``answers`` that all processes asked for, the ``seconds`` until the last was done, the ``bytes`` of the
+            cache, and what it took to fill: see :meth:`hfkd.cache.TeacherCache.figures`.
 
         Raises:
             ValueError: If there is no cache.
@@ -724,10 +724,10 @@ class DistillationTrainer(Trainer):
                     bar.update(len(batch["index"]))
         self.accelerator.wait_for_everyone()
         seconds = time.perf_counter() - start
-        answers, figures = self._cache_counts()[1] - before[1], self._cache_figures(before)
+        figures = self._cache_figures(before)
         names = ("bytes", "seconds_per_answer", "fill_seconds", "break_even_epochs")
         return {
-            "answers": answers,
+            "answers": figures["misses"],
             "seconds": round(seconds, 1),
             **{name: figures[name] for name in names if name in figures},
         }

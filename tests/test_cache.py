@@ -301,12 +301,12 @@ def test_the_manifest_keeps_the_teachers_score(tmp_path):
     assert counts(trainer) == (0, 8)  # the evaluation set has the same numbers, and is none of the cache's
 
 
-def evaluated(tmp_path, dataset, family="bert", **arguments):
+def evaluated(tmp_path, scored, family="bert", **arguments):
     """The score of the teacher on a set, and how often it was asked."""
     trainer = cached(tmp_path, family, **arguments)
     calls = []
     trainer.teacher_model.register_forward_hook(lambda *_: calls.append(1))
-    return trainer.evaluate_teacher(dataset), len(calls)
+    return trainer.evaluate_teacher(scored), len(calls)
 
 
 def test_what_the_teacher_says_about_an_evaluation_set_is_kept_too(tmp_path):
@@ -337,14 +337,14 @@ def test_an_evaluation_set_that_hides_what_it_makes_is_asked_about(tmp_path):
     columns = rows("cifar", 8, seed=4).columns
     hub = datasets.Dataset.from_dict({name: column.tolist() for name, column in columns.items()}).with_format("torch")
     train = {"dataset": images(augment="crop_flip", views=2)}
-    for dataset, options in (
+    for scored, options in (
         (Noisy(columns), {}),
         (hub.with_transform(lambda rows: {name: torch.tensor(column) for name, column in rows.items()}), {}),
         (images(pictures=3, augment="crop_flip"), train),
         (images(pictures=3, augment="crop_flip", views=3), train),
     ):
         for _ in range(2):
-            assert evaluated(tmp_path, dataset, "cifar", **options)[1] > 0
+            assert evaluated(tmp_path, scored, "cifar", **options)[1] > 0
 
 
 @pytest.mark.parametrize("layers", ["last", "all"])

@@ -335,6 +335,25 @@ def test_behind_a_full_cache_a_text_teacher_is_never_loaded(reviews, tmp_path, r
     assert_second_needs_no_teacher(lambda *more: run_here("run_glue_kd", *flags, *more), teacher, tmp_path, times)
 
 
+def test_two_processes_fill_the_cache_of_a_text_run_ahead(reviews, tmp_path, run_here):
+    """Together, keeping the larger logit; the run that follows has nothing to ask."""
+    flags = [*reviews[0], "--per_device_train_batch_size", "18", "--teacher_cache_top_k", "1"]
+    words = [ROOT / "scripts/warm_teacher_cache.py", "run_glue_kd", *flags, "--output_dir", tmp_path / "out"]
+    done = subprocess.run([*launchers()["torchrun"](), *map(str, words)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (report,) = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert report["answers"] == 36
+    (folder,) = (tmp_path / "caches").iterdir()
+    asked = json.loads((folder / "manifest.json").read_text())["asked"]
+    assert asked["answers"] == 36
+    assert report["fill_seconds"] == pytest.approx(asked["seconds"])
+    assert report["seconds_per_answer"] == pytest.approx(asked["seconds"] / 36)
+    assert not (tmp_path / "out" / "all_results.json").exists()  # nothing was trained
+    found, _ = run_here("run_glue_kd", *flags, "--teacher_cache", "--output_dir", tmp_path / "out")
+    assert (found["teacher_cache_hits"], found["teacher_cache_misses"]) == (36, 0)
+    assert found["teacher_cache_fill_seconds"] == pytest.approx(asked["seconds"])
+
+
 def test_custom_distiller(image_teacher, tmp_path):
     start("custom_distiller.py", *IMAGE.split(), "--teacher", image_teacher, "--output_dir", tmp_path)
     assert "ConfidentKD(temperature=4.0)" in (tmp_path / "README.md").read_text()

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import tiny_teacher
-from transformers import BertTokenizerFast
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,40 +48,6 @@ def test_warm_teacher_cache_fills_what_the_run_would_ask(tmp_path):
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout.splitlines()[-1])["answers"] == answers
     assert not list((tmp_path / "out").glob("*"))  # nothing was trained
-
-
-def test_two_processes_fill_what_a_text_run_would_ask(tmp_path):
-    """Each takes its share; the run that follows, of one process, has nothing to ask."""
-    teacher = tiny_teacher("bert", num_labels=2, id2label={0: "neg", 1: "pos"}, label2id={"neg": 0, "pos": 1})
-    teacher.save_pretrained(tmp_path / "teacher")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"a good bad film".split()]
-    BertTokenizerFast(vocab={word: i for i, word in enumerate(words)}).save_pretrained(tmp_path / "teacher")
-    lines = ["a good film,pos", "a bad film,neg"] * 20
-    (tmp_path / "train.csv").write_text("\n".join(["sentence,label", *lines]))
-    flags = ["--use_cpu", "--task", "reviews", "--train_file", tmp_path / "train.csv", "--teacher_cache_top_k", "1"]
-    flags += ["--teacher", tmp_path / "teacher", "--student_layers", "1", "--output_dir", tmp_path / "out"]
-    flags += ["--per_device_train_batch_size", "18"]  # of 36, as 4 are for validation
-    two = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-    environment = {**os.environ, "HFKD_CACHE": str(tmp_path / "caches"), "OMP_NUM_THREADS": "1"}
-
-    def run(*words):
-        command = [sys.executable, *map(str, [*words, *flags])]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-        assert done.returncode == 0, done.stderr
-        return done
-
-    warm = run(*two, ROOT / "scripts/warm_teacher_cache.py", "run_glue_kd").stdout.splitlines()
-    reports = [json.loads(line) for line in warm if line.startswith("{")]
-    assert [report["answers"] for report in reports] == [18, 18]
-    (folder,) = (tmp_path / "caches").iterdir()
-    asked = json.loads((folder / "manifest.json").read_text())["asked"]
-    for report in reports:
-        assert report["fill_seconds"] == pytest.approx(asked["seconds"])
-        assert report["seconds_per_answer"] == pytest.approx(asked["seconds"] / 36)
-    run(ROOT / "examples/run_glue_kd.py", "--num_train_epochs", "1", "--teacher_cache")
-    results = json.loads((tmp_path / "out" / "all_results.json").read_text())
-    assert (results["teacher_cache_hits"], results["teacher_cache_misses"]) == (36, 0)
-    assert results["teacher_cache_fill_seconds"] == pytest.approx(asked["seconds"])
 
 
 @pytest.fixture

@@ -322,7 +322,8 @@ def cached(folder) -> dict:
         teacher_cache=str(folder / "warm"),
         **share(),
     )
-    return {**results, "warm": (trainer.warm_teacher_cache()["answers"], trainer.cache.filled)}
+    answers = trainer.warm_teacher_cache()["answers"]
+    return {**results, "warm": (answers, trainer.cache.misses, trainer.cache.filled)}
 
 
 def fully_sharded(folder) -> dict:
