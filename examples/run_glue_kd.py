@@ -25,7 +25,7 @@ from hfkd.cli import parse_arguments
 from hfkd.data import load_text_data, tokenize, write_predictions
 from hfkd.distillers import make_distiller
 from hfkd.metrics import compute_metrics
-from hfkd.models import load_model, student_from_teacher
+from hfkd.models import load_model, load_teacher, student_from_teacher
 
 
 @dataclass
@@ -110,8 +110,7 @@ def run(
     if data_args.drop_unlabelled:
         raw.train = raw.train.filter(lambda label: label != -100, input_columns="label")
 
-    def load(name, **kwargs):
-        return load_model(name, task="text-classification", trust_remote_code=model_args.trust_remote_code, **kwargs)
+    options = {"task": "text-classification", "trust_remote_code": model_args.trust_remote_code}
 
     def trainer_for(model, data, tokenizer, args, **kwargs):
         return DistillationTrainer(
@@ -136,7 +135,7 @@ def run(
         set_seed(args.seed)
         teacher_tokenizer = AutoTokenizer.from_pretrained(teacher_name)
         if train_teacher:
-            teacher = load(teacher_name, label_names=raw.label_names, num_labels=raw.num_labels)
+            teacher = load_model(teacher_name, label_names=raw.label_names, num_labels=raw.num_labels, **options)
             teacher_args = copy.copy(args)
             teacher_args.output_dir = teacher_folder
             if model_args.teacher_epochs is not None:
@@ -148,17 +147,20 @@ def run(
             teacher_trainer.train()
             teacher_trainer.save_model()
         else:
-            teacher = load(teacher_name, refuse_new_head=True)
+            teacher = load_teacher(teacher_name, may_wait=bool(args.teacher_cache), **options)
         if raw.label_names is None and not raw.is_regression:
             raw.label_names = [teacher.config.id2label[i] for i in range(teacher.config.num_labels)]
 
     set_seed(args.seed)
     if model_args.student is not None:
         tokenizer = AutoTokenizer.from_pretrained(model_args.student)
-        student = load(model_args.student, label_names=raw.label_names, num_labels=raw.num_labels)
+        student = load_model(model_args.student, label_names=raw.label_names, num_labels=raw.num_labels, **options)
     else:
         tokenizer = teacher_tokenizer
-        student = student_from_teacher(teacher, num_layers=model_args.student_layers, label_names=raw.label_names)
+        # Behind a cache the teacher waits without its weights; those read here are gone when the student is cut out.
+        whole = load_teacher(teacher_name, **options) if teacher.device.type == "meta" else teacher
+        student = student_from_teacher(whole, num_layers=model_args.student_layers, label_names=raw.label_names)
+        del whole
 
     data = tokenize(raw, tokenizer, teacher_tokenizer=teacher_tokenizer, max_length=data_args.max_length)
     if distiller is not None and not distiller.needs_teacher:

@@ -23,7 +23,7 @@ from hfkd.cli import parse_arguments
 from hfkd.data import ImageDataset, load_image_data, processor_for
 from hfkd.distillers import make_distiller
 from hfkd.metrics import compute_metrics
-from hfkd.models import load_model
+from hfkd.models import load_model, load_teacher
 
 
 @dataclass
@@ -156,12 +156,17 @@ def run(
         teacher_name, train_teacher = teacher_folder, False
     if teacher_name is not None:
         set_seed(args.seed)
-        teacher = load_model(
-            teacher_name,
-            label_names=data.label_names if train_teacher else None,
-            refuse_new_head=not train_teacher,
-            trust_remote_code=model_args.trust_remote_code,
-        )
+        if train_teacher:
+            teacher = load_model(
+                teacher_name, label_names=data.label_names, trust_remote_code=model_args.trust_remote_code
+            )
+        else:
+            teacher = load_teacher(
+                teacher_name,
+                task="image-classification",
+                may_wait=bool(args.teacher_cache),
+                trust_remote_code=model_args.trust_remote_code,
+            )
         if data.label_names is None:
             data.label_names = [teacher.config.id2label[i] for i in range(teacher.config.num_labels)]
         if train_teacher:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import pyarrow
 import torch
 from filelock import FileLock
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset, IterableDataset, Subset
 from transformers import PretrainedConfig
 
 from hfkd.checks import innermost
@@ -23,8 +25,8 @@ from hfkd.data.draws import splitmix
 from hfkd.data.image_dataset import ImageDataset
 from hfkd.distillers.base import ModelOutputs
 from hfkd.features import in_float32
-from hfkd.models.loading import stored_tensors
-from hfkd.teacher import Teacher, TeacherEnsemble, Teachers, members_of
+from hfkd.models.loading import BATCH_COUNT, stored_tensors
+from hfkd.teacher import DeferredTeacher, Teacher, TeacherEnsemble, Teachers, members_of
 
 
 MANIFEST = "manifest.json"
@@ -54,7 +56,7 @@ class _Rows:
         dtype: Of the numbers.
     """
 
-    def __init__(self, path: Path, rows: int, width: int, dtype: str):
+    def __init__(self, path: Path, rows: int, width: int, dtype: str | np.dtype):
         self.values = _mapped(path, (rows, width), np.dtype(dtype))
         self.checksums = _mapped(path.with_name(f"{path.name}.checksums"), (rows,), np.dtype(np.uint32))
         words = width * self.values.itemsize // 2
@@ -90,8 +92,54 @@ def _mapped(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return np.asarray(np.memmap(path, dtype, mode="r+", shape=shape))
 
 
+class _Top:
+    """Of a row of logits the k largest and what the others come to: written so, and made logits of again.
+
+    Args:
+        k: How many are kept.
+        classes: Logits a sample.
+        dtype: In which they are kept; beside them the number of their class in 2 bytes (beyond 65,536 classes in 4),
+            and the logarithm of the sum of the others' exponentials in float32.
+    """
+
+    def __init__(self, k: int, classes: int, dtype: str):
+        if not 1 <= k < classes:
+            raise ValueError(
+                f"teacher_cache_top_k must lie between 1 and {classes - 1}, as the teacher has {classes} classes, got "
+                f"{k}: leave it out to keep all logits"
+            )
+        self.k, self.classes = k, classes
+        numbers = np.min_scalar_type(max(classes - 1, 256))
+        self.fields = np.dtype([("largest", dtype, (k,)), ("classes", numbers, (k,)), ("others", np.float32)])
+
+    def pack(self, logits: Tensor) -> np.ndarray:
+        largest, classes = logits.topk(self.k)
+        packed = np.empty((len(logits), 1), self.fields)
+        packed["largest"][:, 0] = _rounded(largest.numpy(), self.fields["largest"].base, "logits")
+        packed["classes"][:, 0] = classes.numpy()
+        packed["others"] = logits.scatter(1, classes, -torch.inf).logsumexp(1, keepdim=True).numpy()
+        return packed
+
+    def unpack(self, packed: np.ndarray) -> np.ndarray:
+        logits = np.repeat(packed["others"] - math.log(self.classes - self.k), self.classes, axis=1)
+        classes = packed["classes"][:, 0].astype(np.int64)
+        np.put_along_axis(logits, classes, packed["largest"][:, 0].astype(np.float32), axis=1)
+        return logits
+
+
+def _rounded(answers: np.ndarray, dtype: np.dtype, what: str) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        rounded = answers.astype(dtype)
+    if (np.isinf(rounded) & np.isfinite(answers)).any():
+        raise ValueError(
+            f"of the teacher's {what} one is {np.abs(answers).max():.3g}, beyond {dtype}: pass "
+            'teacher_cache_dtype="float32"'
+        )
+    return rounded
+
+
 class TeacherCache:
-    """A read-through store of a teacher's answers, itself called with a batch like a teacher.
+    r"""A read-through store of a teacher's answers, itself called with a batch like a teacher.
 
     Of a batch with the columns ``index`` and ``view`` it reads what it has, and asks the teacher for the rest alone;
     what the teacher says is rounded and kept, so that a sample gets the same answer now and in every later run. A
@@ -100,6 +148,18 @@ class TeacherCache:
     View 0 is the un-augmented sample; the others are those of :class:`~hfkd.data.ImageDataset`. Rows are ordered by
     view, so that the files of 4 views are the beginning of those of 16. Several processes may read and write one
     cache at once, and be killed at any moment.
+
+    For many classes an identity with ``top_k`` keeps the k largest logits of a row alone, and gives every other class
+    the same logit
+
+    .. math:: m = \log \frac{1}{C - k} \sum_{j \notin \mathrm{top}\, k} e^{z_j}
+
+    So at temperature 1 the k probabilities are the teacher's, and the others have their mass in equal parts. The
+    ratios of the k are right at any temperature. But for T > 1 (KD, DKD; TTM and WTTM at γ = 1/T) the others get more
+    than the teacher gives them, and the k lose a common factor, since :math:`(C - k)\, e^{m/T} \ge \sum_j e^{z_j/T}`,
+    equal where their logits are; for T < 1 less. WTTM's weight errs upwards by the same difference. Who is who among
+    the others, which NKD and DIST also compare, and whether a label outside the k is likelier than the next class,
+    is lost: all of it is what a larger k buys.
 
     Args:
         teacher: Who is asked.
@@ -114,9 +174,13 @@ class TeacherCache:
     Attributes:
         hits: Samples whose answers were read.
         misses: Samples about which the teacher was asked.
+        asking_seconds: What the teacher took for them, from the question to the answers in the host's memory; on a
+            GPU with the work that was waiting there.
+        store_seconds: What reading and writing took.
 
     Raises:
-        ValueError: If the folder holds another cache; the message names the difference.
+        ValueError: If the folder holds another cache; the message names the difference. If ``top_k`` is not below the
+            number of classes.
     """
 
     def __init__(
@@ -130,7 +194,7 @@ class TeacherCache:
         views: int = 0,
         features: Mapping[str, int] | None = None,
     ):
-        self.teacher, self.views, self.precision = teacher, views, identity["precision"]
+        self.teacher, self.views, self.classes, self.precision = teacher, views, classes, identity["precision"]
         self.index = np.sort(np.asarray(index, dtype=np.int64))
         if (self.index[1:] == self.index[:-1]).any():
             raise ValueError(
@@ -140,17 +204,20 @@ class TeacherCache:
         self.identity = json.loads(json.dumps({"format": _FORMAT, **identity}))
         if folder is None:
             folder = default_root() / _digest(json.dumps(self.identity, sort_keys=True).encode())
+        self.top = _Top(identity["top_k"], classes, identity["dtype"]) if identity.get("top_k") is not None else None
         self.folder = Path(folder).expanduser()
         self.folder.mkdir(parents=True, exist_ok=True)
         rows = (views + 1) * len(self.index)
         with self._locked():
             self._check_manifest()
-            self.logits = _Rows(self.folder / "logits", rows, classes, identity["dtype"])
+            width, dtype = (classes, identity["dtype"]) if self.top is None else (1, self.top.fields)
+            self.logits = _Rows(self.folder / "logits", rows, width, dtype)
             self.features = {
                 layer: _Rows(self.folder / f"features.{layer.replace(':', '.')}", rows, width, identity["dtype"])
                 for layer, width in (features or {}).items()
             }
         self.hits = self.misses = 0
+        self.asking_seconds = self.store_seconds = 0.0
 
     @property
     def filled(self) -> int:
@@ -181,7 +248,9 @@ class TeacherCache:
             return self.teacher(batch)
         device = batch["index"].device
         positions = self._positions(batch["index"], batch["view"])
+        start = time.perf_counter()
         read = {layer: array.read(positions) for layer, array in self._arrays()}
+        self.store_seconds += time.perf_counter() - start
         known = np.logical_and.reduce([whole for _, whole in read.values()])
         missing = np.flatnonzero(~known)
         self.hits += len(known) - len(missing)
@@ -192,7 +261,12 @@ class TeacherCache:
                 batch = {name: column[rows] for name, column in batch.items() if isinstance(column, Tensor)}
             for layer, values in self._ask(batch, positions[missing]).items():
                 read[layer][0][missing] = values
-        tensors = {layer: torch.from_numpy(values).to(device) for layer, (values, _) in read.items()}
+        arrays = {layer: values for layer, (values, _) in read.items()}
+        if self.top is not None:
+            start = time.perf_counter()
+            arrays[_LOGITS] = self.top.unpack(arrays[_LOGITS])
+            self.store_seconds += time.perf_counter() - start
+        tensors = {layer: torch.from_numpy(values).to(device) for layer, values in arrays.items()}
         return ModelOutputs(tensors.pop(_LOGITS), features=tensors)
 
     def _arrays(self) -> list[tuple[str, _Rows]]:
@@ -213,32 +287,106 @@ class TeacherCache:
 
     def _ask(self, batch: Mapping[str, Tensor], positions: np.ndarray) -> dict[str, np.ndarray]:
         """The teacher's answers as they are kept, after they are."""
+        if isinstance(self.teacher, DeferredTeacher):
+            self.teacher.materialize()  # which is no part of what an answer takes
+        start = time.perf_counter()
         outputs = in_float32(self.teacher(batch))
+        answers = {
+            layer: (outputs.logits if layer == _LOGITS else outputs.features[layer]).cpu()
+            for layer, _ in self._arrays()
+        }
+        answered = time.perf_counter()
+        self.asking_seconds += answered - start
         kept = {}
         for layer, array in self._arrays():
-            answers = (outputs.logits if layer == _LOGITS else outputs.features[layer]).cpu().numpy()
-            with np.errstate(over="ignore"):
-                kept[layer] = answers.astype(array.values.dtype)
-            if (np.isinf(kept[layer]) & np.isfinite(answers)).any():
-                raise ValueError(
-                    f"of the teacher's {layer or 'logits'} one is {np.abs(answers).max():.3g}, beyond "
-                    f'{array.values.dtype}: pass teacher_cache_dtype="float32"'
-                )
+            if layer == _LOGITS and self.top is not None:
+                kept[layer] = self.top.pack(answers[layer])
+            else:
+                kept[layer] = _rounded(answers[layer].numpy(), array.values.dtype, layer or "logits")
             array.write(positions, kept[layer])
+        self.store_seconds += time.perf_counter() - answered
         return kept
-
-    @property
-    def score(self) -> dict[str, float]:
-        """The teacher's score as the manifest has it; empty before somebody measured it."""
-        return json.loads((self.folder / MANIFEST).read_text()).get("teacher_score", {})
 
     def note_score(self, score: Mapping[str, float]) -> None:
         """Keep the teacher's score in the manifest."""
         with self._locked():
-            self._write_manifest({**json.loads((self.folder / MANIFEST).read_text()), "teacher_score": dict(score)})
+            self._write_manifest({**self._manifest(), "teacher_score": dict(score)})
+
+    def note_asked(self, answers: int, seconds: float) -> None:
+        """Add to the manifest how many answers somebody asked for, and what the teacher took for them."""
+        with self._locked():
+            manifest = self._manifest()
+            so_far = manifest.get("asked", {"answers": 0, "seconds": 0.0})
+            asked = {"answers": so_far["answers"] + answers, "seconds": so_far["seconds"] + seconds}
+            self._write_manifest({**manifest, "asked": asked})
+
+    def figures(self, hits: int, misses: int, asking_seconds: float, store_seconds: float) -> dict[str, float]:
+        r"""What a run's use of the cache took, and what it saved.
+
+        With s seconds an answer, on average over all runs that asked (the manifest has it), r seconds of reading and
+        writing a sample in this run, F rows filled so far and N samples, breaking even takes
+
+        .. math:: \frac{F s}{N (s - r)}
+
+        epochs: so many would have cost as much by asking about every sample in every one. No figure is an estimate of
+        the student's step, nor of what other runs will read.
+
+        Args:
+            hits: Of the run, in all its processes, like all that follow: see the attributes.
+            misses: Likewise.
+            asking_seconds: Likewise.
+            store_seconds: Likewise.
+
+        Returns:
+            The arguments and ``bytes``; where anybody was ever asked ``seconds_per_answer``, ``fill_seconds`` (F s)
+            and ``saved_seconds`` (hits times s, less ``store_seconds``); ``break_even_epochs`` where s > r.
+        """
+        figures = {
+            "hits": hits,
+            "misses": misses,
+            "asking_seconds": asking_seconds,
+            "store_seconds": store_seconds,
+            "bytes": self.bytes,
+        }
+        asked = self._manifest().get("asked")
+        if asked is None:
+            return figures
+        per_answer = asked["seconds"] / asked["answers"]
+        figures["seconds_per_answer"] = per_answer
+        figures["fill_seconds"] = per_answer * self.filled
+        figures["saved_seconds"] = hits * per_answer - store_seconds
+        gain = per_answer - store_seconds / (hits + misses) if hits + misses else 0.0
+        if gain > 0:
+            figures["break_even_epochs"] = figures["fill_seconds"] / (len(self.index) * gain)
+        return figures
+
+    def evaluation(self, dataset: Dataset, columns: Sequence[str]) -> _Rows | None:
+        """Where the teacher's answers to another data set are kept, whole and in float32, in the set's order.
+
+        None where the set does not give the same inputs each time, or hides how it makes them.
+        """
+        inner = innermost(dataset)
+        is_transformed = isinstance(inner, datasets.Dataset) and inner.format["type"] == "custom"
+        is_augmented = getattr(inner, "is_augmented", False) or getattr(inner, "number_of_views", None) is not None
+        if isinstance(dataset, IterableDataset) or is_transformed or is_augmented:
+            return None
+        try:
+            index, read = _content(dataset, columns)
+        except ValueError:
+            return None
+        inputs = hashlib.blake2b(digest_size=16)
+        for start in range(0, len(index), _CHUNK):
+            inputs.update(read(np.arange(start, min(start + _CHUNK, len(index)))))
+        inputs.update(json.dumps(_preprocessing(dataset)).encode())
+        with self._locked():
+            path = self.folder / f"evaluation.{inputs.hexdigest()}"
+            return _Rows(path, len(index), self.classes, "float32")
 
     def _locked(self) -> FileLock:
         return FileLock(self.folder / ".lock")
+
+    def _manifest(self) -> dict:
+        return json.loads((self.folder / MANIFEST).read_text())
 
     def _check_manifest(self) -> None:
         path = self.folder / MANIFEST
@@ -249,7 +397,7 @@ class TeacherCache:
             self._write_manifest(self.identity)
             return
         try:
-            there = json.loads(path.read_text())
+            there = self._manifest()
         except ValueError as error:
             raise ValueError(f"{path} is damaged: {remedy}") from error
         different = [name for name in self.identity if there.get(name) != self.identity[name]]
@@ -270,6 +418,7 @@ def describe(
     *,
     precision: str,
     dtype: str,
+    top_k: int | None = None,
     label_names: Sequence[str] | None,
     label_orders: Sequence[Sequence[int] | None],
 ) -> tuple[np.ndarray, dict]:
@@ -283,6 +432,7 @@ def describe(
         columns: The columns that the teacher reads.
         precision: In which it answers.
         dtype: In which its answers are kept.
+        top_k: How many logits of a sample are kept; None is all.
         label_names: The student's classes in order, None where they have no names.
         label_orders: For each member the index of each of the student's classes; None where the orders agree.
 
@@ -295,18 +445,23 @@ def describe(
     for start in range(0, len(order), _CHUNK):
         rows = order[start : start + _CHUNK]
         inputs.update(index[rows].tobytes() + read(rows))
-    images = innermost(dataset)
     identity = {
         "teacher": [_digest_of_model(member) for member in members_of(teacher)],
         "ensemble": [teacher.average, teacher.temperature] if isinstance(teacher, TeacherEnsemble) else None,
         "inputs": inputs.hexdigest(),
-        "preprocessing": images.preprocessing if isinstance(images, ImageDataset) else None,
+        "preprocessing": _preprocessing(dataset),
         "precision": precision,
         "dtype": dtype,
+        "top_k": top_k,
         "classes": None if label_names is None else list(label_names),
         "order of classes": [None if label_order is None else list(label_order) for label_order in label_orders],
     }
     return index, identity
+
+
+def _preprocessing(dataset: Dataset) -> dict | None:
+    images = innermost(dataset)
+    return images.preprocessing if isinstance(images, ImageDataset) else None
 
 
 def _digest(content: bytes) -> str:
@@ -321,13 +476,15 @@ def _digest_of_model(model: nn.Module) -> str:
         digest.update(json.dumps(fields, sort_keys=True, default=str).encode())
     is_outline = next(model.parameters()).is_meta
     for name, tensor in stored_tensors(model.name_or_path) if is_outline else sorted(model.state_dict().items()):
+        if name.endswith(BATCH_COUNT):
+            continue
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
 def _content(dataset: Dataset, columns: Sequence[str]) -> tuple[np.ndarray, Callable[[np.ndarray], bytes]]:
-    """The ``index`` of a data set, and what gives the inputs in some of its rows as bytes."""
+    """The ``index`` of a data set (0, 1, … without one), and what gives the inputs in some of its rows as bytes."""
     if isinstance(dataset, Subset):
         index, read = _content(dataset.dataset, columns)
         chosen = np.asarray(dataset.indices)
@@ -335,7 +492,8 @@ def _content(dataset: Dataset, columns: Sequence[str]) -> tuple[np.ndarray, Call
     if isinstance(dataset, ImageDataset):
         return dataset.index, dataset.raw_bytes
     if isinstance(dataset, datasets.Dataset):
-        index = np.asarray(dataset.with_format("numpy")["index"][:])
+        has_index = "index" in dataset.column_names
+        index = np.asarray(dataset.with_format("numpy")["index"][:]) if has_index else np.arange(len(dataset))
         inputs = dataset.with_format("arrow", columns=[name for name in dataset.column_names if name in columns])
         return index, lambda rows: b"".join(
             name.encode() + _bytes_of_column(column)
@@ -364,7 +522,8 @@ def _content_by_sample(dataset: Dataset, columns: Sequence[str]) -> tuple[np.nda
             parts += [f"{name} {array.dtype} {array.shape}".encode(), array.tobytes()]
         return hashlib.blake2b(b"".join(parts), digest_size=16).digest()
 
-    samples = [(int(sample["index"]), digest(sample)) for sample in map(dataset.__getitem__, range(len(dataset)))]
+    numbered = ((row, dataset[row]) for row in range(len(dataset)))
+    samples = [(int(sample.get("index", row)), digest(sample)) for row, sample in numbered]
     if any(digest(dataset[row]) != samples[row][1] for row in range(min(64, len(dataset)))):
         raise ValueError(
             "the training set gives other inputs each time, and a teacher's cache can only hold views that have a "

@@ -150,14 +150,20 @@ def check_teacher(
             f"{whose} has {teacher.config.num_labels} classes and the student {student.config.num_labels}: "
             "distil between models of the same classes (num_labels=, id2label=)"
         )
-    if not distiller.trains_teacher and head_looks_new(teacher):
+    if not distiller.trains_teacher:
+        check_head(teacher, whose)
+    if teacher.config.num_labels == 1:
+        return None
+    return align_labels(named_labels(student.config), named_labels(teacher.config), whose=whose)
+
+
+def check_head(teacher: nn.Module, whose: str = "the teacher") -> None:
+    """Refuse a teacher whose classifier nobody trained, where it has its weights."""
+    if head_looks_new(teacher):
         raise ValueError(
             f"the classifier of {whose} ({type(teacher).__name__}) is freshly initialised: it would teach noise. "
             "Fine-tune it first (in the examples: --train_teacher), or load a checkpoint with its head"
         )
-    if teacher.config.num_labels == 1:
-        return None
-    return align_labels(named_labels(student.config), named_labels(teacher.config), whose=whose)
 
 
 def check_ensemble(ensemble: TeacherEnsemble, problem_type: str, distiller: Distiller) -> None:

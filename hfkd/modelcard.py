@@ -95,7 +95,11 @@ def write_model_card(
             {name: value for name, value in entry.items() if name.startswith(("eval_", "test_", "teacher_"))}
         )
     skipped = ("_runtime", "_per_second", "_time")
-    scores = {k: v for k, v in scores.items() if isinstance(v, (int, float)) and not k.endswith(skipped)}
+    scores = {
+        name: value
+        for name, value in scores.items()
+        if isinstance(value, (int, float)) and not name.endswith(skipped) and not name.startswith("teacher_cache_")
+    }
     split = "test" if any(name.startswith("test_") for name in scores) else "eval"
     own = {name.removeprefix(f"{split}_"): value for name, value in scores.items() if name.startswith(f"{split}_")}
 

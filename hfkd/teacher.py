@@ -176,7 +176,8 @@ class DeferredTeacher(Teacher):
     def materialize(self) -> None:
         """Load the weights if they are not there."""
         if not self.is_loaded:
-            vars(self.model).update(vars(self.load()))
+            with torch.random.fork_rng():  # a run draws the same numbers whether it comes to this or not
+                vars(self.model).update(vars(self.load()))
             super().__init__(self.model, **{**self.options, "layers": self.layers})
 
     def __call__(self, batch: Mapping[str, Tensor]) -> ModelOutputs:

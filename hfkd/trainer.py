@@ -13,7 +13,7 @@ import datasets
 import numpy as np
 import safetensors.torch
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, Subset
 from tqdm.auto import tqdm
@@ -25,6 +25,7 @@ from hfkd.checks import (
     check_cache,
     check_columns,
     check_ensemble,
+    check_head,
     check_labels,
     check_processes,
     check_teacher,
@@ -49,7 +50,7 @@ from hfkd.features import (
 )
 from hfkd.labels import named_labels
 from hfkd.modelcard import write_model_card
-from hfkd.models.loading import load_model, load_outline
+from hfkd.models.loading import load_teacher
 from hfkd.teacher import ColumnTeacher, DeferredTeacher, Teacher, TeacherEnsemble, Teachers, members_of
 from hfkd.training_args import DistillationTrainingArguments
 
@@ -122,6 +123,7 @@ class _Hooks(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer._term_sums, self.trainer._term_count = {}, 0
+        self.trainer._cache_counts_before = self.trainer._cache_counts()
         self.trainer._report_teacher()
         self.trainer.distiller.on_train_begin(self.trainer.context)
 
@@ -154,9 +156,9 @@ class DistillationTrainer(Trainer):
     Args:
         model: The student.
         teacher_model: A frozen classifier over the same classes, or several: a list is a
-            :class:`~hfkd.TeacherEnsemble` with its defaults. A name or folder is given to
-            :func:`~hfkd.models.load_model`; a folder's weights are not loaded while ``teacher_cache`` has all the
-            answers. None trains the student alone, unless the distiller
+            :class:`~hfkd.TeacherEnsemble` with its defaults. A name or path is given to
+            :func:`~hfkd.models.load_teacher`; weights that lie here are not loaded while ``teacher_cache`` has all
+            the answers. None trains the student alone, unless the distiller
             brings a teacher of its own, or is given and the training set has a column ``teacher_logits`` or
             ``teacher_probabilities``: the answers of a teacher that is not here, in the student's order of classes.
         distiller: The method; with a teacher :class:`~hfkd.distillers.KD` by default.
@@ -210,11 +212,8 @@ class DistillationTrainer(Trainer):
             raise TypeError(f"distiller must be a Distiller, got {type(distiller).__name__}: pass KD(), not its name")
         args = args if args is not None else DistillationTrainingArguments("tmp_trainer")
         if isinstance(teacher_model, (str, os.PathLike)):
-            may_wait = (
-                not distiller.trains_teacher and getattr(args, "teacher_cache", None) and Path(teacher_model).is_dir()
-            )
-            outline = load_outline(teacher_model, task=self._task_of(model)) if may_wait else None
-            teacher_model = outline if outline is not None else self._load_teacher(teacher_model, model)
+            may_wait = bool(getattr(args, "teacher_cache", None)) and not distiller.trains_teacher
+            teacher_model = load_teacher(teacher_model, task=self._task_of(model), may_wait=may_wait)
         if args.n_gpu > 1:
             raise ValueError(
                 f"{args.n_gpu} GPUs are visible to one process, which transformers would run as nn.DataParallel, "
@@ -251,6 +250,7 @@ class DistillationTrainer(Trainer):
             self._set_up_cache()
         self._term_sums: dict[str, Tensor] = {}
         self._term_count = 0
+        self._cache_counts_before = self._cache_counts()
         self._evaluated = torch.zeros(2, device=self.args.device)  # sum of losses, number of labelled samples
         self.add_callback(_Hooks(self))
         self.callback_handler.callbacks.insert(0, _LastHook(self))
@@ -308,6 +308,8 @@ class DistillationTrainer(Trainer):
                 raise ValueError(f"{column} are about whole samples, and Mixup and CutMix mix them: turn them off")
             self.teacher = ColumnTeacher(column)
             return
+        if self._saves_teacher and getattr(self.args, "teacher_cache", None):
+            raise ValueError(f"the teacher of {method} changes as it trains: leave out teacher_cache")
         unlike = made is None or distiller.trains_teacher  # a peer may be the user's own
         members = {"the teacher": self.teacher_model}
         if isinstance(self.teacher_model, TeacherEnsemble):
@@ -333,7 +335,7 @@ class DistillationTrainer(Trainer):
         dtype = getattr(torch, dtype) if dtype else None
         options = {"dtype": dtype, "device": self.args.device}
         if next(self.teacher_model.parameters()).is_meta:
-            load = partial(self._load_teacher, self.teacher_model.name_or_path, self.model)
+            load = partial(self._load_waiting, self.teacher_model.name_or_path, self.model)
             self.teacher = DeferredTeacher(self.teacher_model, load, label_order=label_orders[0], **options)
             return
         teachers = [
@@ -350,8 +352,10 @@ class DistillationTrainer(Trainer):
         return "text-classification" if "input_ids" in input_names(student) else "image-classification"
 
     @classmethod
-    def _load_teacher(cls, folder: str | os.PathLike, student: nn.Module) -> nn.Module:
-        return use_channels_last(load_model(folder, task=cls._task_of(student), refuse_new_head=True))
+    def _load_waiting(cls, path: str, student: nn.Module) -> nn.Module:
+        teacher = load_teacher(path, task=cls._task_of(student))
+        check_head(teacher)
+        return use_channels_last(teacher)
 
     def _set_up_distiller(self) -> None:
         """Allocate the method's own parameters and put all that trains into one module."""
@@ -384,10 +388,6 @@ class DistillationTrainer(Trainer):
 
     def _set_up_cache(self) -> None:
         """Open the store of the teacher's answers, which from now on stands before the teacher."""
-        if self._saves_teacher:
-            raise ValueError(
-                f"the teacher of {type(self.distiller).__name__} changes as it trains: leave out teacher_cache"
-            )
         check_cache(self.args, self.train_dataset, self.teacher_model)
         with self.compute_loss_context_manager():
             precision = self.teacher.precision
@@ -399,6 +399,7 @@ class DistillationTrainer(Trainer):
             self._teacher_columns(),
             precision=precision,
             dtype=self.args.teacher_cache_dtype,
+            top_k=self.args.teacher_cache_top_k,
             label_names=named_labels(self.model.config),
             label_orders=label_orders,
         )
@@ -580,7 +581,27 @@ class DistillationTrainer(Trainer):
             means = torch.stack([self._term_sums[name] for name in names]) / self._term_count
             logs.update(zip(names, self.accelerator.reduce(means, "mean").tolist(), strict=True))
             self._term_sums, self._term_count = {}, 0
+        if "train_runtime" in logs and self.cache is not None:  # the last of a run, which train() returns
+            figures = self._cache_figures(self._cache_counts_before)
+            logs.update({f"teacher_cache_{name}": figure for name, figure in figures.items()})
         super().log(logs, start_time)
+
+    def _cache_counts(self) -> list[float]:
+        """Of this process."""
+        names = ("hits", "misses", "asking_seconds", "store_seconds")
+        return [] if self.cache is None else [getattr(self.cache, name) for name in names]
+
+    def _cache_figures(self, before: Sequence[float]) -> dict[str, float]:
+        """What the cache's use since then cost and saved, over all processes; noted in its manifest."""
+        since = [now - then for now, then in zip(self._cache_counts(), before, strict=True)]
+        everybody = zip(*gather_object([since]), strict=True)
+        hits, misses, asking_seconds, store_seconds = (sum(counts) for counts in everybody)
+        figures = None
+        if self.is_world_process_zero():
+            if misses:
+                self.cache.note_asked(misses, asking_seconds)
+            figures = self.cache.figures(hits, misses, asking_seconds, store_seconds)
+        return broadcast_object_list([figures])[0]
 
     def _report_teacher(self) -> None:
         if self.label_scale != 1:
@@ -588,22 +609,14 @@ class DistillationTrainer(Trainer):
         if isinstance(self.teacher, ColumnTeacher):  # which says nothing about the evaluation set
             score = self.evaluate_teacher(self.train_dataset, max_samples=1000)
             self.log({f"teacher_train_{name}": value for name, value in score.items()})
-        elif known := self._score_in_manifest():
-            self.log({f"teacher_{name}": value for name, value in known.items()})
         elif self.teacher is not None and not self._saves_teacher and self.eval_dataset is not None:
             score = self.evaluate_teacher(max_samples=1000)
             self.log({f"teacher_{name}": value for name, value in score.items()})
             if self.cache is not None and self.is_world_process_zero():
                 self.cache.note_score(score)
 
-    def _score_in_manifest(self) -> dict[str, float]:
-        """The score of a teacher that might not be loaded; of one mind on all processes."""
-        if not isinstance(self.teacher, DeferredTeacher):
-            return {}
-        return broadcast_object_list([self.cache.score])[0]
-
     def evaluate_teacher(self, dataset: Dataset | None = None, max_samples: int | None = None) -> dict[str, float]:
-        """Score the frozen teacher as the student is scored.
+        """Score the frozen teacher as the student is scored; a teacher's cache keeps what it says here too.
 
         Args:
             dataset: What to score it on; the (first) evaluation set by default.
@@ -629,23 +642,30 @@ class DistillationTrainer(Trainer):
         # Metrics that want inputs, or tensors batch by batch, are the student's own affair.
         special = self.args.batch_eval_metrics or self.args.include_for_metrics
         has_metrics = self.compute_metrics is not None and not special
-        predictions, labels = [], []
-        with torch.random.fork_rng(), self.compute_loss_context_manager():
-            loader = self.get_test_dataloader(dataset)
-            hidden = self.args.disable_tqdm or not self.is_world_process_zero()
-            for batch in tqdm(loader, desc="Teacher", disable=hidden, leave=False):
-                batch = self._with_labels(self._prepare_inputs(batch), fill=False)
-                if "labels" not in batch:
-                    return {}
-                # Without labels, by which an ensemble would choose who is right.
-                inputs = {name: column for name, column in batch.items() if name != "labels"}
-                logits = in_float32(self.teacher(inputs)).logits
-                if has_metrics and self.preprocess_logits_for_metrics is not None:
-                    logits = self.preprocess_logits_for_metrics(logits, batch["labels"])
-                logits, batch_labels = self.accelerator.gather_for_metrics((logits, batch["labels"]))
-                predictions.append(logits.cpu())
-                labels.append(batch_labels.cpu())
-        predictions, labels = torch.cat(predictions).numpy(), torch.cat(labels).numpy()
+        transforms = has_metrics and self.preprocess_logits_for_metrics is not None
+        kept, predictions = (None, None) if self.cache is None or transforms else self._kept_evaluation(dataset)
+        if predictions is not None:
+            labels = self._labels_as_batched(dataset)
+        else:
+            parts = []
+            with torch.random.fork_rng(), self.compute_loss_context_manager():
+                loader = self.get_test_dataloader(dataset)
+                hidden = self.args.disable_tqdm or not self.is_world_process_zero()
+                for batch in tqdm(loader, desc="Teacher", disable=hidden, leave=False):
+                    batch = self._with_labels(self._prepare_inputs(batch), fill=False)
+                    if "labels" not in batch:
+                        return {}
+                    # Without labels, by which an ensemble would choose who is right.
+                    inputs = {name: column for name, column in batch.items() if name != "labels"}
+                    logits = in_float32(self.teacher(inputs)).logits
+                    if transforms:
+                        logits = self.preprocess_logits_for_metrics(logits, batch["labels"])
+                    logits, labels = self.accelerator.gather_for_metrics((logits, batch["labels"]))
+                    parts.append((logits.cpu(), labels.cpu()))
+            predictions, labels = (torch.cat(columns).numpy() for columns in zip(*parts, strict=True))
+            # Unlike, they were sorted by length, or are another column's.
+            if kept is not None and np.array_equal(labels, self._labels_as_batched(dataset)):
+                kept.write(np.arange(len(predictions)), predictions)
         known = labels >= 0 if self.problem_type == "single_label" else labels != IGNORE_INDEX
         if not known.any():
             return {}
@@ -655,20 +675,38 @@ class DistillationTrainer(Trainer):
             return {"mse": float(((predictions.squeeze(-1) - labels)[known] ** 2).mean())}
         return {"accuracy": float((predictions.argmax(-1) == labels)[known].mean())}
 
+    @staticmethod
+    def _labels_as_batched(dataset: Dataset) -> np.ndarray | None:
+        labels = dataset_labels(dataset)
+        return labels.astype(np.float32) if labels is not None and labels.dtype.kind == "f" else labels
+
+    def _kept_evaluation(self, dataset: Dataset) -> tuple[Any, np.ndarray | None]:
+        """Where the cache keeps the teacher's answers to an evaluation set (on the first process), and all of them."""
+        kept = predictions = None
+        with self.compute_loss_context_manager():
+            is_same = self.teacher.precision == self.cache.precision
+        if self.is_world_process_zero() and is_same and self._labels_as_batched(dataset) is not None:
+            kept = self.cache.evaluation(dataset, self._teacher_columns())
+        if kept is not None:
+            answers, whole = kept.read(np.arange(len(dataset)))
+            predictions = answers if whole.all() else None
+        return kept, broadcast_object_list([predictions])[0]
+
     def warm_teacher_cache(self) -> dict[str, float]:
         """Ask the teacher about every training sample, in every view, that its cache has no answer to.
 
         Each process takes its share. Interrupted, the next call goes on where this one was.
 
         Returns:
-            ``answers`` that this process asked for, ``seconds``, and the ``bytes`` of the cache.
+            ``answers`` that all processes asked for, the ``seconds`` until the last was done, the ``bytes`` of the
+            cache, and what it took to fill: see :meth:`hfkd.cache.TeacherCache.figures`.
 
         Raises:
             ValueError: If there is no cache.
         """
         if self.cache is None:
             raise ValueError("there is no teacher's cache to fill: pass a teacher, and teacher_cache=True")
-        start, asked = time.perf_counter(), self.cache.misses
+        start, before = time.perf_counter(), self._cache_counts()
         views = range(1, self.cache.views + 1) if self.cache.views else (0,)
         # Whatever other processes fill meanwhile, these rows are this one's.
         own = np.arange(self.accelerator.process_index, len(self._train_index), self.accelerator.num_processes)
@@ -686,7 +724,13 @@ class DistillationTrainer(Trainer):
                     bar.update(len(batch["index"]))
         self.accelerator.wait_for_everyone()
         seconds = time.perf_counter() - start
-        return {"answers": self.cache.misses - asked, "seconds": round(seconds, 1), "bytes": self.cache.bytes}
+        figures = self._cache_figures(before)
+        names = ("bytes", "seconds_per_answer", "fill_seconds", "break_even_epochs")
+        return {
+            "answers": figures["misses"],
+            "seconds": round(seconds, 1),
+            **{name: figures[name] for name in names if name in figures},
+        }
 
     # Saving and resuming
 

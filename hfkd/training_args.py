@@ -17,7 +17,7 @@ class DistillationTrainingArguments(TrainingArguments):
 
     ``teacher_cache=True`` keeps what the teacher says on disk (:class:`hfkd.cache.TeacherCache`), in ``HFKD_CACHE`` or
     ``~/.cache/hfkd``; a string is the folder to keep it in. Under augmentation the training set must number its views:
-    ``ImageDataset(..., views=V)``.
+    ``ImageDataset(..., views=V)``. ``teacher_cache_top_k`` is for many classes; what it leaves out is said there.
 
     Raises:
         ValueError: If a value is out of range.
@@ -39,10 +39,20 @@ class DistillationTrainingArguments(TrainingArguments):
     )
     teacher_cache: str | None = field(
         default=None,
-        metadata={"help": "Ask the teacher once and keep its answers: true, or the folder to keep them in."},
+        metadata={
+            "help": "Ask the teacher once and keep its answers: true, as is the flag alone, or the folder for them.",
+            "nargs": "?",
+            "const": "true",
+        },
     )
     teacher_cache_dtype: str = field(
         default="float16", metadata={"help": "In which answers are kept.", "choices": ["float16", "float32"]}
+    )
+    teacher_cache_top_k: int | None = field(
+        default=None,
+        metadata={
+            "help": "Keep so many of a sample's logits, the largest, and the mass of the others; by default all."
+        },
     )
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Leave NaN and Inf out of the logged loss; synchronises at every step."}
@@ -60,5 +70,10 @@ class DistillationTrainingArguments(TrainingArguments):
             self.teacher_cache = True if str(self.teacher_cache).lower() == "true" else None
         if self.teacher_cache_dtype not in ("float16", "float32"):
             raise ValueError(f"teacher_cache_dtype must be float16 or float32, got {self.teacher_cache_dtype!r}")
+        if self.teacher_cache_top_k is not None and self.teacher_cache_top_k < 1:
+            raise ValueError(
+                f"teacher_cache_top_k must be at least 1, got {self.teacher_cache_top_k}: leave it out to keep all "
+                "logits"
+            )
         if self.teacher_dtype not in (None, "float32", "bfloat16", "float16"):
             raise ValueError(f"teacher_dtype must be float32, bfloat16 or float16, got {self.teacher_dtype!r}")

@@ -152,6 +152,8 @@ def changed(change):
         arguments["bf16"] = True
     elif change == "dtype":
         arguments["teacher_cache_dtype"] = "float32"
+    elif change == "top_k":
+        arguments["teacher_cache_top_k"] = 2
     elif change == "ensemble":
         teacher = [teacher, tiny_teacher("bert", seed=3)]
     return teacher, dataset, arguments
@@ -165,6 +167,7 @@ CHANGES = {
     "precision": "precision is float32 there and bfloat16 here",
     "autocast": "precision is float32 there and bfloat16 here",
     "dtype": "dtype is float16 there and float32 here",
+    "top_k": "top_k is None there and 2 here",
     "ensemble": "teacher is .*; ensemble is None there",
 }
 
@@ -296,6 +299,52 @@ def test_the_manifest_keeps_the_teachers_score(tmp_path):
     score = json.loads((trainer.cache.folder / MANIFEST).read_text())["teacher_score"]
     assert [score["accuracy"]] == logged(trainer, "teacher_accuracy")
     assert counts(trainer) == (0, 8)  # the evaluation set has the same numbers, and is none of the cache's
+
+
+def evaluated(tmp_path, scored, family="bert", **arguments):
+    """The score of the teacher on a set, and how often it was asked."""
+    trainer = cached(tmp_path, family, **arguments)
+    calls = []
+    trainer.teacher_model.register_forward_hook(lambda *_: calls.append(1))
+    return trainer.evaluate_teacher(scored), len(calls)
+
+
+def test_what_the_teacher_says_about_an_evaluation_set_is_kept_too(tmp_path):
+    """By its inputs, in order: other labels get another score of the same answers."""
+    dataset = rows("bert", 16, seed=4)
+    online = make_trainer(tmp_path, tiny("bert"), tiny_teacher("bert"), KD(), rows("bert")).evaluate_teacher(dataset)
+    assert evaluated(tmp_path, dataset, teacher_cache_top_k=2) == (online, 2)
+    assert evaluated(tmp_path, dataset, teacher_cache_top_k=2) == (online, 0)
+    answers = tiny_teacher("bert").eval()(**{k: v for k, v in dataset.columns.items() if k not in ("labels", "index")})
+    right = dataset.with_columns(labels=answers.logits.argmax(1))
+    assert evaluated(tmp_path, right, teacher_cache_top_k=2) == ({"accuracy": 1.0}, 0)
+    assert evaluated(tmp_path, Subset(right, range(15)), teacher_cache_top_k=2) == ({"accuracy": 1.0}, 2)
+    turned = Rows({name: column.flip(0) for name, column in right.columns.items()})
+    assert evaluated(tmp_path, turned, teacher_cache_top_k=2) == ({"accuracy": 1.0}, 2)
+
+
+def test_a_damaged_evaluation_is_asked_again(tmp_path):
+    dataset = hub_rows().remove_columns("index")
+    score, calls = evaluated(tmp_path, dataset)
+    assert calls == 2
+    (path,) = (tmp_path / "caches").glob("*/evaluation.*[0-9a-f]")
+    path.write_bytes(path.read_bytes()[:-4] + b"????")
+    assert evaluated(tmp_path, dataset) == (score, 2)
+    assert evaluated(tmp_path, dataset) == (score, 0)
+
+
+def test_an_evaluation_set_that_hides_what_it_makes_is_asked_about(tmp_path):
+    columns = rows("cifar", 8, seed=4).columns
+    hub = datasets.Dataset.from_dict({name: column.tolist() for name, column in columns.items()}).with_format("torch")
+    train = {"dataset": images(augment="crop_flip", views=2)}
+    for scored, options in (
+        (Noisy(columns), {}),
+        (hub.with_transform(lambda rows: {name: torch.tensor(column) for name, column in rows.items()}), {}),
+        (images(pictures=3, augment="crop_flip"), train),
+        (images(pictures=3, augment="crop_flip", views=3), train),
+    ):
+        for _ in range(2):
+            assert evaluated(tmp_path, scored, "cifar", **options)[1] > 0
 
 
 @pytest.mark.parametrize("layers", ["last", "all"])
@@ -598,6 +647,205 @@ def test_vectors_of_a_layer_are_kept_too(tmp_path):
     assert misses[1:] == [0, 0]
 
 
+# The largest logits alone
+
+
+class Says:
+    """A teacher without a model."""
+
+    precision = "float32"
+
+    def __init__(self, logits):
+        self.logits = logits
+
+    def __call__(self, batch):
+        return ModelOutputs(self.logits[batch["index"]])
+
+
+def largest(folder, logits, k, dtype="float16"):
+    identity = {"precision": "float32", "dtype": dtype, "top_k": k}
+    return TeacherCache(Says(logits), np.arange(len(logits)), identity, classes=logits.shape[1], folder=folder)
+
+
+def asked_and_read(cache):
+    """What it says to the first question, which is what it says to the second."""
+    rows = torch.arange(len(cache.index))
+    first, second = (cache({"index": rows, "view": torch.zeros_like(rows)}).logits for _ in range(2))
+    assert (cache.hits, cache.misses) == (len(rows), len(rows))
+    assert torch.equal(first, second)
+    return second
+
+
+def random_logits(rows, classes):
+    return 4 * torch.randn(rows, classes, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [("float16", 2**-11), ("float32", 2**-23)])
+@pytest.mark.parametrize(("classes", "bytes_of_number"), [(100, 2), (70_000, 4)])
+def test_the_largest_probabilities_and_the_mass_of_the_others_are_the_teachers(
+    tmp_path, classes, bytes_of_number, dtype, precision
+):
+    logits = random_logits(16, classes)
+    logits[:, -1] = 20.0  # the last number is needed
+    cache = largest(tmp_path, logits, 5, dtype)
+    answers = asked_and_read(cache).double()
+    kept, online = answers.softmax(1), logits.double().softmax(1)
+    top = online.topk(5).indices
+    tolerance = 4 * precision * float(logits.abs().max())  # rounded logits, above and below the fraction's line
+    torch.testing.assert_close(kept.gather(1, top), online.gather(1, top), rtol=tolerance, atol=0)
+    others = [p.scatter(1, top, 0.0) for p in (kept, online)]
+    torch.testing.assert_close(others[0].sum(1), others[1].sum(1), rtol=tolerance, atol=0)
+    for row in others[0]:
+        assert len(row.unique()) == 2  # 0, and one share
+    size = 16 * (5 * (np.dtype(dtype).itemsize + bytes_of_number) + 4)
+    assert (tmp_path / "logits").stat().st_size == size
+    assert (tmp_path / "logits.checksums").stat().st_size == 16 * 4
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_all_but_one_are_all(tmp_path, dtype):
+    logits = random_logits(16, 100)
+    answers = asked_and_read(largest(tmp_path, logits, 99, dtype))
+    last = logits.argmin(1, keepdim=True)
+    torch.testing.assert_close(answers.gather(1, last), logits.gather(1, last), rtol=1e-6, atol=0)
+    rounded = logits.to(getattr(torch, dtype)).float()
+    assert torch.equal(answers.scatter(1, last, 0.0), rounded.scatter(1, last, 0.0))
+
+
+def test_at_other_temperatures_the_ratios_of_the_largest_stay(tmp_path):
+    logits = random_logits(16, 100)
+    answers = asked_and_read(largest(tmp_path, logits, 5, "float32")).double()
+    top = logits.topk(5).indices
+    for temperature, sign in ((4.0, 1), (0.5, -1)):
+        kept, online = ((z.double() / temperature).softmax(1) for z in (answers, logits))
+        of_top = [p.gather(1, top) for p in (kept, online)]
+        torch.testing.assert_close(*(p / p.sum(1, keepdim=True) for p in of_top), rtol=1e-5, atol=0)
+        assert (sign * (of_top[1] - of_top[0]).sum(1) > 0).all()  # what the others have too much or too little
+
+
+def test_training_with_the_largest_is_training_with_what_they_stand_for(tmp_path):
+    """Built by hand in a column, which no cache touches."""
+    teacher, dataset = tiny_teacher("bert"), rows("bert")
+    plain = cached(tmp_path, teacher=teacher, dataset=dataset, teacher_cache=None)
+    batch = plain.data_collator([dataset[i] for i in range(16)])
+    built = []
+    for row in plain.teacher(batch).logits.double().tolist():
+        kept = sorted(range(NUM_LABELS), key=row.__getitem__)[-2:]
+        others = [np.exp(row[i]) for i in range(NUM_LABELS) if i not in kept]
+        built.append([row[i] if i in kept else np.log(sum(others) / len(others)) for i in range(NUM_LABELS)])
+    column = dataset.with_columns(teacher_logits=torch.tensor(built))
+    by_hand = make_trainer(tmp_path / "hand", tiny("bert"), None, KD(), column, max_steps=6)
+    trainer = cached(
+        tmp_path, teacher=teacher, distiller=KD(), max_steps=6, teacher_cache_dtype="float32", teacher_cache_top_k=2
+    )
+    all_of_them = cached(tmp_path, teacher=teacher, distiller=KD(), max_steps=6)
+    for run in (by_hand, trainer, all_of_them):
+        run.train()
+    assert counts(trainer) == (32, 16)
+    assert largest_difference(weights(trainer.model), weights(by_hand.model)) < 1e-5
+    assert largest_difference(weights(trainer.model), weights(all_of_them.model)) > 1e-3
+
+
+def test_features_beside_the_largest_are_whole(tmp_path):
+    distiller = Combined({"kd": KD(), "pkt": PKT(teacher_layers="linear:input")}, task_from="kd")
+    trainer = cached(tmp_path, "cifar", distiller=distiller, max_steps=2, teacher_cache_top_k=2)
+    trainer.train()
+    kept, known = trainer.cache.features["linear:input"].read(np.arange(16))
+    assert known.all()
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(16)])
+    online = trainer.teacher(batch).features["linear:input"].numpy()
+    np.testing.assert_allclose(kept, online, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("k", "message"),
+    [(0, "be at least 1, got 0: leave it out"), (5, "lie between 1 and 4, as the teacher has 5 classes, got 5")],
+)
+def test_a_number_of_largest_that_keeps_nothing_or_all_is_refused(tmp_path, k, message):
+    with pytest.raises(ValueError, match=f"teacher_cache_top_k must {message}"):
+        cached(tmp_path, teacher_cache_top_k=k)
+
+
+def test_the_largest_beyond_the_dtype_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="logits one is 1e[+]06, beyond float16"):
+        asked_and_read(largest(tmp_path, random_logits(4, 10) + 1e6, 2))
+
+
+# What it costs
+
+
+class Clock:
+    """Time that passes when told to."""
+
+    now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+    def slow(self, function, seconds):
+        def wrapped(*args, **kwargs):
+            self.now += seconds(*args, **kwargs)
+            return function(*args, **kwargs)
+
+        return wrapped
+
+
+def test_figures_are_what_was_measured(tmp_path, monkeypatch):
+    """Two seconds an answer, half a one to read a row, none to write."""
+    clock = Clock()
+    monkeypatch.setattr("hfkd.cache.time", clock)
+    monkeypatch.setattr(Says, "__call__", clock.slow(Says.__call__, lambda self, batch: 2.0 * len(batch["index"])))
+    identity = {"precision": "float32", "dtype": "float16"}
+    cache = TeacherCache(
+        Says(random_logits(4, 10)), np.arange(4), identity, classes=10, folder=tmp_path / "cache", views=1
+    )
+    cache.logits.read = clock.slow(cache.logits.read, lambda positions: 0.5 * len(positions))
+    before = {"hits": 0, "misses": 0, "asking_seconds": 0.0, "store_seconds": 0.0, "bytes": cache.bytes}
+    assert cache.figures(0, 0, 0.0, 0.0) == before  # nobody knows what an answer takes
+    for view, asked in ((0, [0, 1, 2, 3]), (1, [2, 0]), (0, [3, 1, 2, 0])):
+        cache({"index": torch.tensor(asked), "view": torch.full((len(asked),), view)})
+    measured = (cache.hits, cache.misses, cache.asking_seconds, cache.store_seconds)
+    assert measured == (4, 6, 12.0, 5.0)
+    cache.note_asked(4, 9.0)
+    cache.note_asked(2, 3.0)
+    figures = cache.figures(*measured)
+    assert {name: figures[name] for name in list(figures)[5:]} == {
+        "seconds_per_answer": 2.0,
+        "fill_seconds": 12.0,
+        "saved_seconds": 4 * 2.0 - 5.0,
+        "break_even_epochs": 12.0 / (4 * (2.0 - 0.5)),
+    }
+    assert "break_even_epochs" not in cache.figures(1, 0, 0.0, 2.5)  # reading takes longer than asking
+
+
+def test_training_says_what_its_cache_cost(tmp_path):
+    runs = [cached(tmp_path, max_steps=4) for _ in range(2)]
+    first, second = (run.train().metrics for run in runs)
+    known = [(run["teacher_cache_hits"], run["teacher_cache_misses"]) for run in (first, second)]
+    assert known == [(16, 16), (32, 0)]
+    assert first["teacher_cache_asking_seconds"] > 0 == second["teacher_cache_asking_seconds"]
+    assert second["teacher_cache_bytes"] == runs[1].cache.bytes
+    assert second["teacher_cache_seconds_per_answer"] == first["teacher_cache_asking_seconds"] / 16
+    assert second["teacher_cache_fill_seconds"] == pytest.approx(first["teacher_cache_asking_seconds"])
+    saved = 32 * second["teacher_cache_seconds_per_answer"] - second["teacher_cache_store_seconds"]
+    assert second["teacher_cache_saved_seconds"] == pytest.approx(saved)
+    assert runs[0].train().metrics["teacher_cache_hits"] == 32  # its own, not those of both
+    assert logged(runs[1], "teacher_cache_hits") == [32]
+    runs[1].create_model_card()
+    assert "teacher_cache" not in (tmp_path / "run" / "README.md").read_text()
+    assert "teacher_cache_hits" not in cached(tmp_path, teacher_cache=None).train().metrics
+
+
+def test_loading_a_teacher_is_no_part_of_what_an_answer_takes(tmp_path, monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr("hfkd.cache.time", clock)
+    _, folder = in_folder(tmp_path, "bert")
+    trainer = cached(tmp_path, teacher=folder, max_steps=2)
+    trainer.teacher.load = clock.slow(trainer.teacher.load, lambda: 1000.0)
+    metrics = trainer.train().metrics
+    assert (clock.now, metrics["teacher_cache_asking_seconds"]) == (1000.0, 0.0)
+
+
 # What may happen to the files
 
 
@@ -651,6 +899,17 @@ def test_a_damaged_manifest_is_refused(tmp_path):
         cached(tmp_path, teacher_cache=str(folder))
 
 
+@pytest.mark.parametrize("byte", [0, 2 * 2, 2 * 4], ids=["largest", "classes", "others"])
+def test_a_damaged_row_of_the_largest_logits_is_absent(tmp_path, byte):
+    whole = cached(tmp_path, max_steps=2, teacher_cache_top_k=2)
+    whole.train()
+    damaged(whole.cache, "logits", lambda content: content.__setitem__(6 * 12 + byte, content[6 * 12 + byte] ^ 1))
+    trainer = cached(tmp_path, max_steps=2, teacher_cache_top_k=2)
+    assert np.flatnonzero(~table(trainer.cache)[1]).tolist() == [6]
+    trainer.train()
+    assert counts(trainer) == (15, 1)
+
+
 SAMPLES, WIDTH, VIEWS = 256, 4000, 2
 ALL = (VIEWS + 1) * SAMPLES
 IDENTITY = {"precision": "float32", "dtype": "float16"}
@@ -698,13 +957,16 @@ def process(*arguments):
 
 
 def test_a_writer_may_be_killed_at_any_moment(tmp_path):
-    """Each time every row is the teacher's or absent; then one run completes what they left."""
+    """Each time every row is the teacher's or absent; then one run completes what they left.
+
+    ``HFKD_KILLS=200 pytest -k killed -s`` kills more, and tells of each.
+    """
     generator = np.random.default_rng(0)
-    cache, there = formula_cache(tmp_path / "cache"), []
-    for seed in range(20):
+    cache, there, total_torn = formula_cache(tmp_path / "cache"), [], 0
+    for seed in range(int(os.environ.get("HFKD_KILLS", 20))):
         cache.logits.checksums[:] = 0
         cache.logits.values[:] = 0
-        writer = process(tmp_path / "cache", seed)
+        writer, start = process(tmp_path / "cache", seed), time.perf_counter()
         writer.start()
         enough = int(generator.integers(0, 8)) * 64
         while cache.filled <= enough:
@@ -713,6 +975,12 @@ def test_a_writer_may_be_killed_at_any_moment(tmp_path):
         os.kill(writer.pid, signal.SIGKILL)
         writer.join()
         there.append(kept_and_right(cache, 0.0))
+        touched = int(((cache.logits.checksums != 0) | cache.logits.values.any(1)).sum())
+        torn = touched - there[-1]
+        total_torn += torn
+        when = time.perf_counter() - start
+        print(f"kill {seed}: after {when:.3f} s, {there[-1]} rows whole, {ALL - touched} absent, {torn} torn and seen")
+    print(f"{len(there)} kills: {sum(there)} rows whole and right, {total_torn} torn and seen, 0 wrong")
     assert len(set(there)) > 5
     last = fill(tmp_path / "cache", 99)
     assert (last.hits, last.misses) == (there[-1], ALL - there[-1])

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from hfkd import DistillationTrainingArguments
 from hfkd.cli import parse_arguments
 from hfkd.distillers import make_distiller
 
@@ -45,6 +46,32 @@ def test_unknown_flags_are_refused(tmp_path, capsys):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="none.yaml"):
         parse_arguments([Options], [str(tmp_path / "none.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("words", "kept"),
+    [
+        ("--teacher_cache", True),
+        ("--teacher_cache --use_cpu", True),
+        ("--teacher_cache true", True),
+        ("--teacher_cache false", None),
+        ("--teacher_cache folder --teacher_cache_top_k 5", "folder"),
+        ("", None),
+    ],
+)
+def test_the_teachers_cache_is_a_flag_a_word_or_a_folder(words, kept):
+    (args,) = parse_arguments([DistillationTrainingArguments], ["--output_dir", "out", *words.split()])
+    assert args.teacher_cache == kept
+    assert args.teacher_cache_top_k == (5 if "top_k" in words else None)
+
+
+@pytest.mark.parametrize(
+    ("value", "kept"), [("true", True), ("false", None), ("null", None), ("a/folder", "a/folder")]
+)
+def test_the_teachers_cache_in_a_file(tmp_path, value, kept):
+    (tmp_path / "config.yaml").write_text(f"output_dir: out\nteacher_cache: {value}\nteacher_cache_top_k: 5\n")
+    (args,) = parse_arguments([DistillationTrainingArguments], [str(tmp_path / "config.yaml")])
+    assert (args.teacher_cache, args.teacher_cache_top_k) == (kept, 5)
 
 
 def test_a_distiller_is_found_in_any_case_and_its_arguments_are_checked():

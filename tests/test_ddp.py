@@ -114,7 +114,12 @@ def test_processes_fill_and_read_one_cache(two_processes, one_process):
     assert sum(rank["first"]["misses"] for rank in ranks) == 16
     assert [(rank["second"]["hits"], rank["second"]["misses"]) for rank in ranks] == [(16, 0), (16, 0)]
     assert [rank["second"]["filled"] for rank in ranks] == [16, 16]
-    assert [rank["warm"] for rank in ranks] == [(7, 13), (6, 13)]
+    for run, hits, misses in (("first", 16, 16), ("second", 32, 0)):  # of both together, and so said by both
+        metrics = [rank[run]["metrics"] for rank in ranks]
+        assert metrics[0] == metrics[1]
+        assert (metrics[0]["teacher_cache_hits"], metrics[0]["teacher_cache_misses"]) == (hits, misses)
+        assert metrics[0].keys() == expected[run]["metrics"].keys()
+    assert [rank["warm"] for rank in ranks] == [(13, 7, 13), (13, 6, 13)]
 
 
 def test_terms_are_averaged_over_processes(two_processes, one_process):

@@ -1,22 +1,26 @@
 """The example scripts, as a user runs them."""
 
+import importlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from transformers import (
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
     BertTokenizerFast,
 )
 
-import hfkd  # noqa: F401, registers the CIFAR nets
+from hfkd.cli import parse_arguments
+from hfkd.models import load_model
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -230,6 +234,124 @@ def test_own_text_files(text_teacher, tmp_path):
     assert "eval_accuracy" in results(tmp_path / "out")
     student = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     assert set(student.config.id2label.values()) == {"pos", "neg"}
+
+
+@pytest.fixture
+def run_here(monkeypatch, tmp_path):
+    """An example in this process, with a list of the teachers that were loaded."""
+    monkeypatch.setenv("HFKD_CACHE", str(tmp_path / "caches"))
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    loaded = []
+
+    def load(name, **options):
+        loaded.append(str(name))
+        return load_model(name, **options)
+
+    monkeypatch.setattr("hfkd.models.loading.load_model", load)  # by which load_teacher does, and no student
+
+    def run(script, *flags):
+        module = importlib.import_module(script)
+        types = (module.ModelArguments, module.DataArguments, module.TrainingArguments)
+        loaded.clear()
+        words = [*map(str, flags), "--disable_tqdm", "true", "--report_to", "none"]
+        return module.run(*parse_arguments(types, words)), list(loaded)
+
+    yield run
+    for name in ("run_image_kd", "run_glue_kd"):
+        sys.modules.pop(name, None)
+
+
+def assert_second_needs_no_teacher(run, teacher, folder, times=1, labelled=True):
+    """Two runs of one command line: the same student and scores, and of the second's teacher no weights."""
+    folders = [folder / "first", folder / "second"]
+    (first, loaded), (second, then) = (run("--teacher_cache", "--output_dir", out) for out in folders)
+    assert (loaded, then) == ([str(teacher)] * times, [str(teacher)] * (times - 1))
+    assert first["teacher_cache_misses"] > 0 == second["teacher_cache_misses"]
+    for name in (name for name in first if name.startswith(("eval_", "test_", "teacher_"))):
+        if not name.endswith(("_runtime", "_per_second")) and not name.startswith("teacher_cache"):
+            assert second[name] == pytest.approx(first[name], rel=1e-3), name
+    assert ("teacher_eval_accuracy" in first) == labelled
+    online, then = run("--output_dir", folder / "online")
+    assert then == [str(teacher)]
+    for name in ("teacher_eval_accuracy", "eval_loss") if labelled else ():
+        assert second[name] == pytest.approx(online[name], rel=1e-2), name
+    assert not any(name.startswith("teacher_cache") for name in online)
+
+
+def test_behind_a_full_cache_an_image_teacher_is_never_loaded(image_teacher, tmp_path, run_here):
+    def run(*flags):
+        return run_here("run_image_kd", *IMAGE.split(), "--augment", "none", "--teacher", image_teacher, *flags)
+
+    assert_second_needs_no_teacher(run, image_teacher, tmp_path)
+
+
+@needs_data
+@pytest.mark.parametrize("labelled", [True, False])
+def test_behind_a_full_cache_a_weights_file_is_never_loaded(tmp_path, run_here, labelled):
+    """Also on images without labels, whose classes are the teacher's."""
+    teacher = DATA / "teachers" / "resnet20_cifar10.safetensors"
+    data = DATA / "cifar10"
+    if not labelled:
+        data = tmp_path / "data"
+        images = datasets.Dataset.from_parquet(str(DATA / "cifar10" / "test.parquet"), split="train")
+        images.select_columns("img").rename_column("img", "image").to_parquet(data / "train.parquet")
+    flags = ["--dataset", "cifar10" if labelled else "own", "--data_dir", data, "--teacher", teacher]
+
+    def run(*more):
+        words = IMAGE.replace("--dataset digits", "--augment none").split()
+        return run_here("run_image_kd", *words, *flags, *more)
+
+    assert_second_needs_no_teacher(run, teacher, tmp_path, labelled=labelled)
+    student = AutoModelForImageClassification.from_pretrained(tmp_path / "second")
+    assert student.config.id2label[0] == "airplane"
+
+
+@pytest.fixture(scope="module")
+def reviews(text_teacher, tmp_path_factory):
+    """Flags of a text run, and a teacher for it that looks trained."""
+    folder = tmp_path_factory.mktemp("reviews")
+    texts = [("the film was good", "pos"), ("a very bad film", "neg"), ("not a bad film", "pos"), ("awful", "neg")]
+    (folder / "train.csv").write_text("sentence,label\n" + "".join(f"{text},{name}\n" for text, name in texts * 10))
+    names = {0: "neg", 1: "pos"}
+    teacher = BertForSequenceClassification.from_pretrained(
+        text_teacher, id2label=names, label2id={name: number for number, name in names.items()}
+    )
+    teacher.classifier.bias.data[:] = torch.tensor([0.3, -0.2])
+    teacher.save_pretrained(folder / "teacher")
+    AutoTokenizer.from_pretrained(text_teacher).save_pretrained(folder / "teacher")
+    flags = ["--task", "reviews", "--train_file", folder / "train.csv", "--teacher", folder / "teacher"]
+    return [*TEXT.split(), *flags], folder / "teacher"
+
+
+@pytest.mark.parametrize("student", ["named", "cut out"])
+def test_behind_a_full_cache_a_text_teacher_is_never_loaded(reviews, tmp_path, run_here, student):
+    """But to cut a student out of it."""
+    flags, teacher = reviews
+    if student == "named":
+        BertForSequenceClassification.from_pretrained(teacher).save_pretrained(tmp_path / "student")
+        AutoTokenizer.from_pretrained(teacher).save_pretrained(tmp_path / "student")
+        flags = [*flags, "--student", tmp_path / "student"]
+    times = 1 if student == "named" else 2
+    assert_second_needs_no_teacher(lambda *more: run_here("run_glue_kd", *flags, *more), teacher, tmp_path, times)
+
+
+def test_two_processes_fill_the_cache_of_a_text_run_ahead(reviews, tmp_path, run_here):
+    """Together, keeping the larger logit; the run that follows has nothing to ask."""
+    flags = [*reviews[0], "--per_device_train_batch_size", "18", "--teacher_cache_top_k", "1"]
+    words = [ROOT / "scripts/warm_teacher_cache.py", "run_glue_kd", *flags, "--output_dir", tmp_path / "out"]
+    done = subprocess.run([*launchers()["torchrun"](), *map(str, words)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (report,) = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert report["answers"] == 36
+    (folder,) = (tmp_path / "caches").iterdir()
+    asked = json.loads((folder / "manifest.json").read_text())["asked"]
+    assert asked["answers"] == 36
+    assert report["fill_seconds"] == pytest.approx(asked["seconds"])
+    assert report["seconds_per_answer"] == pytest.approx(asked["seconds"] / 36)
+    assert not (tmp_path / "out" / "all_results.json").exists()  # nothing was trained
+    found, _ = run_here("run_glue_kd", *flags, "--teacher_cache", "--output_dir", tmp_path / "out")
+    assert (found["teacher_cache_hits"], found["teacher_cache_misses"]) == (36, 0)
+    assert found["teacher_cache_fill_seconds"] == pytest.approx(asked["seconds"])
 
 
 def test_custom_distiller(image_teacher, tmp_path):

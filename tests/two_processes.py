@@ -308,9 +308,10 @@ def cached(folder) -> dict:
             teacher_cache_dtype="float32",
             **share(),
         )
-        trainer.train()
+        metrics = trainer.train().metrics
+        metrics = {key: value for key, value in metrics.items() if key.startswith("teacher_cache")}
         figures = {name: getattr(trainer.cache, name) for name in ("hits", "misses", "filled")}
-        results[name] = {"weights": weights(student), **figures}
+        results[name] = {"weights": weights(student), "metrics": metrics, **figures}
     dataset = rows("bert", 13)
     trainer = make_trainer(
         folder / "third",
@@ -321,7 +322,8 @@ def cached(folder) -> dict:
         teacher_cache=str(folder / "warm"),
         **share(),
     )
-    return {**results, "warm": (trainer.warm_teacher_cache()["answers"], trainer.cache.filled)}
+    answers = trainer.warm_teacher_cache()["answers"]
+    return {**results, "warm": (answers, trainer.cache.misses, trainer.cache.filled)}
 
 
 def fully_sharded(folder) -> dict:

@@ -3,11 +3,18 @@
 from transformers import AutoConfig, AutoModelForImageClassification
 
 from hfkd.models.cut import student_from_teacher
-from hfkd.models.loading import load_model
+from hfkd.models.loading import load_model, load_teacher
 from hfkd.models.modeling_cifar import MODEL_NAMES, CifarConfig, CifarForImageClassification
 
 
-__all__ = ["MODEL_NAMES", "CifarConfig", "CifarForImageClassification", "load_model", "student_from_teacher"]
+__all__ = [
+    "MODEL_NAMES",
+    "CifarConfig",
+    "CifarForImageClassification",
+    "load_model",
+    "load_teacher",
+    "student_from_teacher",
+]
 
 # The first pair lets the Auto classes load our checkpoints once hfkd is imported; the second writes the modelling file
 # beside the weights, for those who have no hfkd and pass trust_remote_code=True.

@@ -20,6 +20,7 @@ from transformers import (
 from hfkd.models.modeling_cifar import MODEL_NAMES, CifarConfig, CifarForImageClassification, find_architecture
 
 
+BATCH_COUNT = "num_batches_tracked"  # of BatchNorm: no answer depends on it, and older files lack it
 CIFAR10_LABELS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
@@ -74,7 +75,7 @@ def load_model(
     is_image = task == "image-classification"
     is_file = is_image and name.endswith(".safetensors")
     is_ours = is_image and find_architecture(name) is not None
-    timm_name = name.removeprefix("timm/").removeprefix("timm:")
+    timm_name = _timm_name(name)
     is_timm = is_image and not is_file and not is_ours and timm.is_model(timm_name)
 
     if refuse_new_head and (is_ours or not pretrained):
@@ -135,11 +136,37 @@ def load_model(
     return model
 
 
-def load_outline(folder: str | Path, *, task: str) -> PreTrainedModel | None:
-    """A model in a local folder without its weights, which have shapes and types but no values.
+def load_teacher(
+    name_or_path: str | Path, *, task: str, may_wait: bool = False, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Load a trained classifier that is to teach.
 
     Args:
-        folder: With a ``config.json`` and safetensors files.
+        name_or_path: As for :func:`load_model`.
+        task: Likewise.
+        may_wait: Whether an outline will do, on the device ``meta``: of a local folder or weights file
+            :class:`~hfkd.DistillationTrainer` loads the weights when somebody asks the teacher.
+        trust_remote_code: As for :func:`load_model`; such a model does not wait.
+
+    Raises:
+        ValueError: As :func:`load_model`, which takes no freshly initialised head here.
+    """
+    name, is_image = str(name_or_path), task == "image-classification"
+    is_file = is_image and name.endswith(".safetensors")
+    is_network = is_image and not is_file and (find_architecture(name) is not None or timm.is_model(_timm_name(name)))
+    lies_here = Path(name).is_file() if is_file else Path(name).is_dir() and not is_network
+    if may_wait and lies_here and not trust_remote_code:
+        outline = load_outline(name, task=task)
+        if outline is not None:
+            return outline
+    return load_model(name_or_path, task=task, refuse_new_head=True, trust_remote_code=trust_remote_code)
+
+
+def load_outline(path: str | Path, *, task: str) -> PreTrainedModel | None:
+    """A model that lies here without its weights, which have shapes and types but no values.
+
+    Args:
+        path: A folder with a ``config.json`` and safetensors files, or the file of a CIFAR ResNet.
         task: As for :func:`load_model`.
 
     Returns:
@@ -151,21 +178,30 @@ def load_outline(folder: str | Path, *, task: str) -> PreTrainedModel | None:
         "text-classification": AutoModelForSequenceClassification,
     }[task]
     with torch.device("meta"):
-        model = auto_class.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
-    own = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in model.state_dict().items()}
-    stored = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in stored_tensors(folder)}
-    return model.eval() if own == stored else None
+        if Path(path).is_file():
+            model = CifarForImageClassification(_config_of_cifar_resnet(Path(path), {}))
+        else:
+            model = auto_class.from_config(AutoConfig.from_pretrained(path), dtype=torch.float32)
+
+    def outline(tensors):
+        return {name: (tuple(t.shape), t.dtype) for name, t in tensors if not name.endswith(BATCH_COUNT)}
+
+    return model.eval() if outline(model.state_dict().items()) == outline(stored_tensors(path)) else None
 
 
-def stored_tensors(folder: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors in a folder's safetensors files, one at a time, by name."""
+def stored_tensors(path: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors in a safetensors file, or in those of a folder, one at a time, by name."""
     paths = {}
-    for path in Path(folder).glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            paths.update(dict.fromkeys(file.keys(), path))
+    for part in [path] if Path(path).is_file() else Path(path).glob("*.safetensors"):
+        with safe_open(part, framework="pt") as file:
+            paths.update(dict.fromkeys(file.keys(), part))
     for name in sorted(paths):
         with safe_open(paths[name], framework="pt") as file:
             yield name, file.get_tensor(name)
+
+
+def _timm_name(name: str) -> str:
+    return name.removeprefix("timm/").removeprefix("timm:")
 
 
 def _label_fields(label_names: Sequence[str] | None, num_labels: int | None) -> dict:
@@ -186,17 +222,18 @@ def _label_fields(label_names: Sequence[str] | None, num_labels: int | None) -> 
     return fields
 
 
-def _load_cifar_resnet(path: Path, fields: dict, pretrained: bool) -> CifarForImageClassification:
+def _config_of_cifar_resnet(path: Path, fields: dict) -> CifarConfig:
     if path.with_name("config.json").exists():
         raise ValueError(f"{path} has a config.json beside it: name the folder, so that it is read too")
-    state = load_file(path)
-    convolutions = [key for key in state if re.fullmatch(r"layer\d\.\d+\.conv\d\.weight", key)]
-    if not convolutions or not {"conv1.weight", "linear.weight"} <= state.keys():
+    with safe_open(path, framework="pt") as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118, it is no dict
+    convolutions = [name for name in shapes if re.fullmatch(r"layer\d\.\d+\.conv\d\.weight", name)]
+    if not convolutions or not {"conv1.weight", "linear.weight"} <= shapes.keys():
         raise ValueError(
             f"{path} is no CIFAR ResNet in akamaster's naming (conv1, bn1, layer1.0.conv1, ..., linear): "
             "name a folder with a config.json for any other model"
         )
-    classes = len(state["linear.weight"])
+    classes = shapes["linear.weight"][0]
     if fields.get("num_labels", classes) != classes:
         raise ValueError(f"{path} has {classes} classes, not {fields['num_labels']}: leave the labels out, or retrain")
     if "id2label" not in fields:
@@ -204,17 +241,23 @@ def _load_cifar_resnet(path: Path, fields: dict, pretrained: bool) -> CifarForIm
 
     config = CifarConfig(
         **{
-            "architecture": f"resnet{len(convolutions) + 2}" + ("x4" if len(state["conv1.weight"]) == 32 else ""),
-            "shortcut": "B" if any(".shortcut." in key for key in state) else "A",
+            "architecture": f"resnet{len(convolutions) + 2}" + ("x4" if shapes["conv1.weight"][0] == 32 else ""),
+            "shortcut": "B" if any(".shortcut." in name for name in shapes) else "A",
             "image_mean": (0.485, 0.456, 0.406),
             "image_std": (0.229, 0.224, 0.225),
             **fields,
         }
     )
+    config.name_or_path = str(path)
+    return config
+
+
+def _load_cifar_resnet(path: Path, fields: dict, pretrained: bool) -> CifarForImageClassification:
+    config = _config_of_cifar_resnet(path, fields)
     try:
         model = CifarForImageClassification(config)
         if pretrained:
-            model.load_state_dict(state)
+            model.load_state_dict(load_file(path))
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{path} looks like a {config.architecture} but does not fit one: {error}") from error
     return model
