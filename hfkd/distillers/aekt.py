@@ -180,6 +180,11 @@ class AEKT(Distiller):
         self.head = nn.Linear(classes, classes, bias=has_bias, device=like.device, dtype=like.dtype)
         self._reset_head()
         if self.has_task_head:
+            if context.is_sharded:
+                raise ValueError(
+                    'AEKT(order="distill_first") folds its head into the student\'s classifier, which FSDP spreads over '
+                    'processes: use order="classify_first" or order=None, or plain data parallelism'
+                )
             if not heads:
                 self._refuse(student, "come from no linear layer")
             self._set_up_folding(student, heads[-1])

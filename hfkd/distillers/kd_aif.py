@@ -299,6 +299,11 @@ class KDAIF(Wrapper):
         self.register_buffer("refreshed", torch.tensor(-1))  # the epoch of the latest refresh
         if self.layers == "last":
             self._check_last_layer(context)
+        if self.layers == "all" and context.is_sharded:
+            raise ValueError(
+                'KDAIF(layers="all") differentiates by all weights at once, and FSDP spreads them over processes: use '
+                'layers="last", or plain data parallelism'
+            )
         if self.hessian == "ekfac" and context.processes > 1:
             raise ValueError('hessian="ekfac" works in one process: train on one, or use "lissa"')
         if self.teacher_update == "meta":

@@ -48,6 +48,11 @@ class SelfDistillation(Distiller):
         return copy.deepcopy(student)
 
     def setup(self, context):
+        if context.is_sharded:
+            raise ValueError(
+                "SelfDistillation averages the student's weights, and FSDP spreads them over processes: use plain data "
+                "parallelism"
+            )
         own, average = (next(model.parameters()).dtype for model in (context.student, context.teacher_model))
         if average != own:
             raise ValueError(
