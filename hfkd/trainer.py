@@ -478,15 +478,17 @@ class DistillationTrainer(Trainer):
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         if not self.is_fsdp_enabled:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        is_new = not isinstance(self._module, FSDPModule)
-        if is_new:
-            self._module.to(memory_format=torch.contiguous_format)  # FSDP shards nothing that is channels last
+        if isinstance(self._module, FSDPModule):
+            # Accelerate tells parameters apart by their address, and those of empty shards have none.
+            raise RuntimeError("FSDP cannot train() a model again: save the student, and make a new trainer with it")
+        self._module.to(memory_format=torch.contiguous_format)  # FSDP shards nothing that is channels last
+        # Autocast rounds where it may. FSDP would round all that the module takes and gives, the losses too.
+        self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
         with self._module_as_model():
             prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         self.callback_handler.model = self.model
-        if is_new:
-            for method in ("predict", "start"):
-                register_fsdp_forward_method(self._module, method)
+        for method in ("predict", "start"):
+            register_fsdp_forward_method(self._module, method)
         with torch.no_grad():
             self._module.start()
         return prepared
