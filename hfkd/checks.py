@@ -267,6 +267,11 @@ def check_processes(args: TrainingArguments, accelerator: Accelerator) -> None:
             f"{world_size} processes were launched, but each would train alone and write the same folder: "
             "on a machine without GPU add --use_cpu to the script's own flags"
         )
+    if args.save_on_each_node and world_size > int(os.environ.get("LOCAL_WORLD_SIZE", world_size)):
+        raise ValueError(
+            "save_on_each_node=True leaves the student out on all nodes but the first (save_pretrained writes on the "
+            "first process alone): drop it, and give output_dir on a disk that all nodes share"
+        )
     engines = {
         DistributedType.FSDP: bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1"),
         DistributedType.DEEPSPEED: bool(args.deepspeed)
@@ -321,8 +326,8 @@ def check_resume(checkpoint: str, name: str, batch: Mapping[str, int], *, is_sha
         engines = ("FSDP", "plain data parallelism")
         theirs, own = engines if written_by_fsdp else engines[::-1]
         raise ValueError(
-            f"{checkpoint} is of {theirs}, whose optimizer {own} cannot read: resume under {theirs}, or start a new run "
-            "from its student (from_pretrained)"
+            f"{checkpoint} is of {theirs}, whose optimizer {own} cannot read: resume under {theirs}, or start a new "
+            "run from its student (from_pretrained)"
         )
     path = Path(checkpoint, name)
     if not path.is_file():  # saved before there was one
@@ -331,8 +336,8 @@ def check_resume(checkpoint: str, name: str, batch: Mapping[str, int], *, is_sha
     if written["samples_per_step"] != batch["samples_per_step"]:
         raise ValueError(
             f"{checkpoint} was written by {written['processes']} processes that took {written['samples_per_step']} "
-            f"samples a step, and the {batch['processes']} here take {batch['samples_per_step']}, so that samples would "
-            "be skipped and repeated: set per_device_train_batch_size or gradient_accumulation_steps"
+            f"samples a step, and the {batch['processes']} here take {batch['samples_per_step']}, so that samples "
+            "would be skipped and repeated: set per_device_train_batch_size or gradient_accumulation_steps"
         )
     if written["processes"] != batch["processes"]:
         warnings.warn(

@@ -10,7 +10,6 @@ is a GPU, nothing is pretended.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import warnings
 from pathlib import Path
@@ -152,14 +151,12 @@ def resumable(folder, distiller=None, **arguments):
 
 def resume(folder) -> dict:
     """Interrupted after step 3 and gone on."""
-    folder = node_folder(folder)
-    local = {"save_on_each_node": folder.name.startswith("node-")}
-    whole = resumable(folder, **local)
+    whole = resumable(folder)
     before = whole.evaluate()["eval_loss"]
     whole.train()
     after = whole.evaluate()["eval_loss"]
     whole.save_model()
-    resumed = resumable(folder, **local)
+    resumed = resumable(folder)
     resumed.train(resume_from_checkpoint=str(folder / "checkpoint-3"))
     return {
         "state": state_of(whole),
@@ -216,12 +213,6 @@ def half(folder) -> dict:
 
 
 SCENARIOS = {function.__name__: function for function in (methods, on_nodes, refused, resume, from_others, more, half)}
-
-
-def node_folder(folder) -> Path:
-    """One a node, where there are several: they may share no disk."""
-    several = WORLD > int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return Path(folder, f"node-{os.environ['GROUP_RANK']}") if several else Path(folder)
 
 
 def pretend() -> None:

@@ -213,7 +213,7 @@ class KDAIF(Wrapper):
         ValueError: If an argument is out of range or the base couples the samples of a batch; at setup without
             ``held_out_dataset`` or with unlabelled samples in it, without a training set or if its column ``index``
             repeats itself, if ``layers="last"`` and the student ends in no linear layer, or with
-            ``teacher_update="meta"`` or ``hessian="ekfac"`` on several processes.
+            ``teacher_update="meta"`` or ``hessian="ekfac"`` on several processes, or ``layers="all"`` under FSDP.
 
     Source: arXiv 2501.02705, equations partly our reading: the released example's sign of φ differs between its
     notebooks and its queries are test images. Koh and Liang 2017, arXiv 1703.04730, for φ; Pham et al. 2021, arXiv
