@@ -291,7 +291,7 @@ def check_processes(args: TrainingArguments, accelerator: Accelerator) -> None:
 
 
 def check_sharding(plugin: FullyShardedDataParallelPlugin, student: nn.Module) -> None:
-    """Refuse the settings of FSDP under which a student could not be trained, or saved whole."""
+    """Refuse the settings of FSDP under which a student could not be trained or saved whole; warn of the others."""
     if not isinstance(student, PreTrainedModel):
         raise ValueError(
             f"FSDP shards a PreTrainedModel alone, and the student is a {type(student).__name__}: train adapters "
@@ -310,6 +310,12 @@ def check_sharding(plugin: FullyShardedDataParallelPlugin, student: nn.Module) -
     ):
         if is_wrong:
             raise ValueError(f"{what} is not supported under FSDP: set {remedy}")
+    warnings.warn(
+        "FSDP is tested on CPUs alone, where it equals one process (docs/engines.md): on GPUs compare the first "
+        "losses with those of a run without it",
+        UserWarning,
+        stacklevel=2,
+    )
 
 
 def check_resume(checkpoint: str, name: str, batch: Mapping[str, int], *, is_sharded: bool) -> None:

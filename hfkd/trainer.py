@@ -615,6 +615,8 @@ class DistillationTrainer(Trainer):
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
         self._evaluated.zero_()
+        if self.is_fsdp_enabled:  # which leaves each process its own BatchNorm statistics
+            self.context.align_buffers(self.model)
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         # transformers averages batches, whatever number of labelled samples they hold: none at all gives NaN.
         loss, labelled = self._evaluated.tolist()

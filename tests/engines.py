@@ -212,7 +212,28 @@ def half(folder) -> dict:
     return {"loss": logged(trainer, "loss"), "dtypes": sorted({str(t.dtype) for t in state_of(trainer).values()})}
 
 
-SCENARIOS = {function.__name__: function for function in (methods, on_nodes, refused, resume, from_others, more, half)}
+def batch_norm(folder) -> dict:
+    """Statistics of batches that differ between processes, after an evaluation."""
+    trainer = make_trainer(
+        folder,
+        tiny("resnet"),
+        tiny_teacher("resnet"),
+        KD(),
+        rows("resnet"),
+        trainer={"eval_dataset": rows("resnet", 6, seed=5)},
+        per_device_train_batch_size=8 // WORLD,
+        **OPTIONS,
+    )
+    trainer.train()
+    own = {name: buffer.clone() for name, buffer in trainer.model.named_buffers()}
+    trainer.evaluate()
+    return {"before": own, "after": dict(trainer.model.named_buffers())}
+
+
+SCENARIOS = {
+    function.__name__: function
+    for function in (methods, on_nodes, refused, resume, from_others, more, half, batch_norm)
+}
 
 
 def pretend() -> None:
