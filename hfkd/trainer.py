@@ -18,6 +18,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.utils.data import Dataset, IterableDataset, Subset
 from tqdm.auto import tqdm
 from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainerCallback
@@ -113,12 +114,12 @@ class _DistillationModule(nn.Module):
     def start(self) -> None:
         """Do nothing, as a forward pass: FSDP takes what runs first for the whole, and a hook may run a part first."""
 
-    @property
-    def _no_split_modules(self) -> list[str]:
-        # What FSDP gathers as one. The models too, so that a hook can run them by themselves.
+    def wholes(self) -> list[str]:
+        """Classes of what FSDP gathers as one: the models too, so that a hook can run them by themselves."""
         models = [model for model in (self.student, self.teacher) if model is not None]
-        inner = [name for model in models for name in getattr(model, "_no_split_modules", None) or ()]
-        return list(dict.fromkeys([*inner, *(type(model).__name__ for model in models)]))
+        layers = [name for model in models for name in getattr(model, "_no_split_modules", None) or ()]
+        here = {type(module).__name__ for module in self.modules()}
+        return [*(name for name in layers if name in here), *(type(model).__name__ for model in models)]
 
 
 class _Collator:
@@ -482,8 +483,11 @@ class DistillationTrainer(Trainer):
             # Accelerate tells parameters apart by their address, and those of empty shards have none.
             raise RuntimeError("FSDP cannot train() a model again: save the student, and make a new trainer with it")
         self._module.to(memory_format=torch.contiguous_format)  # FSDP shards nothing that is channels last
+        plugin = self.accelerator.state.fsdp_plugin
+        plugin.auto_wrap_policy = transformer_auto_wrap_policy  # by class, which the other policies do not go by
+        plugin.transformer_cls_names_to_wrap = [*(plugin.transformer_cls_names_to_wrap or ()), *self._module.wholes()]
         # Autocast rounds where it may. FSDP would round all that the module takes and gives, the losses too.
-        self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
+        plugin.mixed_precision_policy = None
         with self._module_as_model():
             prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         self.callback_handler.model = self.model

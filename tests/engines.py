@@ -63,6 +63,11 @@ METHODS = {
     ),
     "KDAIF": (KDAIF, {"warm_up": 0.0}),
 }
+# What a user may have asked of FSDP, for methods whose hooks run the student by itself.
+WRAPPING = {
+    "KDAIF": {"transformer_layer_cls_to_wrap": ["BertLayer"]},
+    "InContextKD-teacher_free": {"auto_wrap_policy": "NO_WRAP"},
+}
 ON_NODES = ("KD", "AKD", "CRD", "InContextKD", "KDAIF")
 REFUSED = {
     "AEKT": (AEKT, {}),
@@ -83,6 +88,7 @@ def methods(folder, names=tuple(METHODS)) -> dict:
     results = {}
     for name in names:
         method, arguments = METHODS[name]
+        wrapping = {"fsdp_config": dict(WRAPPING[name])} if "fsdp" in OPTIONS and name in WRAPPING else {}
         micro_batches = 2 // WORLD if method is FitNet else 1  # whose BatchNorm is of a process's batch
         _, trainer = build_double(
             Path(folder, name),
@@ -93,6 +99,7 @@ def methods(folder, names=tuple(METHODS)) -> dict:
             gradient_accumulation_steps=micro_batches,
             max_grad_norm=1.0,
             **OPTIONS,
+            **wrapping,
         )
         trainer.train()
         steps = [entry for entry in trainer.state.log_history if "loss" in entry]
