@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import datasets
 import numpy as np
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, StateDictType
 from torch.utils.data import Dataset, IterableDataset, Subset
-from transformers import PretrainedConfig, TrainingArguments
+from transformers import PretrainedConfig, PreTrainedModel, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN
 
 from hfkd.data import ImageDataset
 from hfkd.data.task_data import TEACHER_COLUMNS
@@ -268,6 +273,11 @@ def check_processes(args: TrainingArguments, accelerator: Accelerator) -> None:
             f"{world_size} processes were launched, but each would train alone and write the same folder: "
             "on a machine without GPU add --use_cpu to the script's own flags"
         )
+    if args.save_on_each_node and world_size > int(os.environ.get("LOCAL_WORLD_SIZE", world_size)):
+        raise ValueError(
+            "save_on_each_node=True leaves the student out on all nodes but the first (save_pretrained writes on the "
+            "first process alone): drop it, and give output_dir on a disk that all nodes share"
+        )
     engines = {
         DistributedType.FSDP: bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1"),
         DistributedType.DEEPSPEED: bool(args.deepspeed)
@@ -279,8 +289,72 @@ def check_processes(args: TrainingArguments, accelerator: Accelerator) -> None:
                 f"{engine.value} was asked for, but {accelerator.distributed_type.value} is active: it needs a GPU. "
                 "Drop its options to run on this machine"
             )
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise RuntimeError(
-            f"{accelerator.distributed_type.value} is not supported yet: use plain data parallelism "
+            "DEEPSPEED is not supported: shard with FSDP2 (--fsdp), or use plain data parallelism "
             "(accelerate launch --multi_gpu)"
+        )
+
+
+def check_sharding(plugin: FullyShardedDataParallelPlugin, student: nn.Module) -> None:
+    """Refuse the settings of FSDP under which a student could not be trained or saved whole; warn of the others."""
+    if not isinstance(student, PreTrainedModel):
+        raise ValueError(
+            f"FSDP shards a PreTrainedModel alone, and the student is a {type(student).__name__}: train adapters "
+            "under plain data parallelism (accelerate launch --multi_gpu)"
+        )
+    for is_wrong, what, remedy in (
+        (plugin.fsdp_version != 2, "FSDP1", '"version": 2 in fsdp_config (fsdp_version: 2 of accelerate config)'),
+        (
+            plugin.state_dict_type != StateDictType.FULL_STATE_DICT,
+            "a state dict in shards",
+            '"state_dict_type": "FULL_STATE_DICT"',
+        ),
+        (plugin.cpu_ram_efficient_loading, "cpu_ram_efficient_loading", '"cpu_ram_efficient_loading": false'),
+        (isinstance(plugin.cpu_offload, CPUOffloadPolicy), "offloading to the CPU", '"cpu_offload": false'),
+        (plugin.activation_checkpointing, "FSDP's activation_checkpointing", '"activation_checkpointing": false'),
+    ):
+        if is_wrong:
+            raise ValueError(f"{what} is not supported under FSDP: set {remedy}")
+    warnings.warn(
+        "FSDP is tested on CPUs alone, where it equals one process (docs/engines.md): on GPUs compare the first "
+        "losses with those of a run without it",
+        UserWarning,
+        stacklevel=2,
+    )
+
+
+def check_resume(checkpoint: str, name: str, batch: Mapping[str, int], *, is_sharded: bool) -> None:
+    """Refuse to go on from a checkpoint where the run would not be the one that was interrupted.
+
+    Args:
+        checkpoint: Its folder.
+        name: The file in it that says what ``batch`` was.
+        batch: How many ``processes`` there are now, and how many ``samples_per_step`` they take together.
+        is_sharded: Whether FSDP is active.
+    """
+    written_by_fsdp = Path(checkpoint, OPTIMIZER_NAME_BIN).is_file()
+    if written_by_fsdp != is_sharded and (written_by_fsdp or Path(checkpoint, OPTIMIZER_NAME).is_file()):
+        engines = ("FSDP", "plain data parallelism")
+        theirs, own = engines if written_by_fsdp else engines[::-1]
+        raise ValueError(
+            f"{checkpoint} is of {theirs}, whose optimizer {own} cannot read: resume under {theirs}, or start a new "
+            "run from its student (from_pretrained)"
+        )
+    path = Path(checkpoint, name)
+    if not path.is_file():  # saved before there was one
+        return
+    written = json.loads(path.read_text(encoding="utf-8"))
+    if written["samples_per_step"] != batch["samples_per_step"]:
+        raise ValueError(
+            f"{checkpoint} was written by {written['processes']} processes that took {written['samples_per_step']} "
+            f"samples a step, and the {batch['processes']} here take {batch['samples_per_step']}, so that samples "
+            "would be skipped and repeated: set per_device_train_batch_size or gradient_accumulation_steps"
+        )
+    if written["processes"] != batch["processes"]:
+        warnings.warn(
+            f"{checkpoint} was written by {written['processes']} processes, and {batch['processes']} go on: with the "
+            "same samples, but random draws (dropout, augmentation) are each process's own and go another way",
+            UserWarning,
+            stacklevel=2,
         )

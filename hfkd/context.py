@@ -109,6 +109,11 @@ class DistillationContext:
         """How many processes train together."""
         return self._trainer.accelerator.num_processes
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether FSDP spreads the weights over the processes: the student runs, and a part of it has no values."""
+        return self._trainer.is_fsdp_enabled
+
     def autocast(self) -> AbstractContextManager:
         """The precision of a training step, for a hook that runs models."""
         return self._trainer.compute_loss_context_manager()

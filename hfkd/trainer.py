@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,12 @@ import safetensors.torch
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.utils.data import Dataset, IterableDataset, Subset
 from tqdm.auto import tqdm
 from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainerCallback
-from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer import FSDP_MODEL_NAME, TRAINING_ARGS_NAME
 
 from hfkd.cache import TeacherCache, describe
 from hfkd.checks import (
@@ -28,6 +32,8 @@ from hfkd.checks import (
     check_head,
     check_labels,
     check_processes,
+    check_resume,
+    check_sharding,
     check_teacher,
     dataset_labels,
     innermost,
@@ -51,11 +57,13 @@ from hfkd.features import (
 from hfkd.labels import named_labels
 from hfkd.modelcard import write_model_card
 from hfkd.models.loading import load_teacher
+from hfkd.sharding import load_whole_state, whole_state
 from hfkd.teacher import ColumnTeacher, DeferredTeacher, Teacher, TeacherEnsemble, Teachers, members_of
 from hfkd.training_args import DistillationTrainingArguments
 
 
 DISTILLER_NAME = "distiller.safetensors"
+BATCH_NAME = "batch.json"
 TEACHER_FOLDER = "teacher"
 
 
@@ -103,6 +111,16 @@ class _DistillationModule(nn.Module):
         student = in_float32(run_model(self.student, batch))
         with autocast_off(student.logits.device):
             return self.distiller.task_logits(student)
+
+    def start(self) -> None:
+        """Do nothing, as a forward pass: FSDP takes what runs first for the whole, and a hook may run a part first."""
+
+    def wholes(self) -> list[str]:
+        """Classes of what FSDP gathers as one: the models too, so that a hook can run them by themselves."""
+        models = [model for model in (self.student, self.teacher) if model is not None]
+        layers = [name for model in models for name in getattr(model, "_no_split_modules", None) or ()]
+        here = {type(module).__name__ for module in self.modules()}
+        return [*(name for name in layers if name in here), *(type(model).__name__ for model in models)]
 
 
 class _Collator:
@@ -238,6 +256,9 @@ class DistillationTrainer(Trainer):
         # transformers before 5.20 has no `loss_is_scaled_for_ga` and asks this instead.
         self.model_accepts_loss_kwargs = False
         check_processes(self.args, self.accelerator)
+        if self.is_fsdp_enabled:
+            check_sharding(self.accelerator.state.fsdp_plugin, self.model)
+            self.model.to(self.args.device)  # which transformers leaves to the sharding, and setup runs the student
 
         self.held_out_dataset = held_out_dataset
         self.distiller = distiller
@@ -438,10 +459,44 @@ class DistillationTrainer(Trainer):
     def _wrap_model(self, model, training=True, dataloader=None):
         if not training:
             return self._module
+        if self.is_fsdp_enabled:
+            return self.model  # prepared by transformers, together with the optimizer
         wrapped_before = isinstance(
             self.accelerator.unwrap_model(model, keep_torch_compile=False), _DistillationModule
         )
         return self.accelerator.prepare(model if wrapped_before else self._module)
+
+    @contextmanager
+    def _module_as_model(self) -> Iterator[None]:
+        """While open, what transformers takes for the model under FSDP is all that trains, as FSDP shards that."""
+        student = self.model
+        if self.is_fsdp_enabled:
+            self.model = self._module
+        try:
+            yield
+        finally:
+            self.model = student
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        if not self.is_fsdp_enabled:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if isinstance(self._module, FSDPModule):
+            # Accelerate tells parameters apart by their address, and those of empty shards have none.
+            raise RuntimeError("FSDP cannot train() a model again: save the student, and make a new trainer with it")
+        self._module.to(memory_format=torch.contiguous_format)  # FSDP shards nothing that is channels last
+        plugin = self.accelerator.state.fsdp_plugin
+        plugin.auto_wrap_policy = transformer_auto_wrap_policy  # by class, which the other policies do not go by
+        plugin.transformer_cls_names_to_wrap = [*(plugin.transformer_cls_names_to_wrap or ()), *self._module.wholes()]
+        # Autocast rounds where it may. FSDP would round all that the module takes and gives, the losses too.
+        plugin.mixed_precision_policy = None
+        with self._module_as_model():
+            prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        self.callback_handler.model = self.model
+        for method in ("predict", "start"):
+            register_fsdp_forward_method(self._module, method)
+        with torch.no_grad():
+            self._module.start()
+        return prepared
 
     def autocast_smart_context_manager(self, cache_enabled=True):
         # The frozen teacher runs outside the prepared module, and evaluation may run before anything is prepared.
@@ -449,9 +504,9 @@ class DistillationTrainer(Trainer):
 
     def create_optimizer(self, model=None):
         if model is None:
-            model = self.model
+            model = self._module.student
             if self._module.teacher is not None:
-                model = nn.ModuleDict({"student": self.model, "teacher": self._module.teacher})
+                model = nn.ModuleDict({"student": model, "teacher": self._module.teacher})
         optimizer = super().create_optimizer(model)
         known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         groups = self._distiller_groups()
@@ -565,6 +620,8 @@ class DistillationTrainer(Trainer):
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
         self._evaluated.zero_()
+        if self.is_fsdp_enabled:  # which leaves each process its own BatchNorm statistics
+            self.context.align_buffers(self.model)
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         # transformers averages batches, whatever number of labelled samples they hold: none at all gives NaN.
         loss, labelled = self._evaluated.tolist()
@@ -736,19 +793,24 @@ class DistillationTrainer(Trainer):
 
     def _save(self, output_dir=None, state_dict=None):
         with self.distiller.folded(self.model):
-            super()._save(output_dir, state_dict)
+            super()._save(output_dir, whole_state(self.model) if self.is_fsdp_enabled else state_dict)
         # A pickle that nothing reads, with the Hub token and local paths in it.
         Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
     def _save_optimizer_and_scheduler(self, output_dir):
-        super()._save_optimizer_and_scheduler(output_dir)
+        with self._module_as_model():
+            super()._save_optimizer_and_scheduler(output_dir)
+        state = {name: tensor.contiguous() for name, tensor in whole_state(self.distiller).items()}
+        teacher_state = whole_state(self.teacher_model) if self._saves_teacher and self.is_fsdp_enabled else None
         if not self.args.should_save:
             return
-        state = {name: tensor.contiguous() for name, tensor in self.distiller.state_dict().items()}
+        # A pickle of all that the other files hold.
+        Path(output_dir, f"{FSDP_MODEL_NAME}.bin").unlink(missing_ok=True)
+        Path(output_dir, BATCH_NAME).write_text(json.dumps(self._batch_of_all()), encoding="utf-8")
         if state:
             safetensors.torch.save_file(state, os.path.join(output_dir, DISTILLER_NAME))
         if self._saves_teacher:
-            self.teacher_model.save_pretrained(self._teacher_folder(output_dir))
+            self.teacher_model.save_pretrained(self._teacher_folder(output_dir), state_dict=teacher_state)
 
     def _teacher_folder(self, checkpoint: str) -> str:
         # Of a folder right below a checkpoint transformers would take an adapter for one more of the student's.
@@ -757,8 +819,14 @@ class DistillationTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         if checkpoint is not None:
+            check_resume(checkpoint, BATCH_NAME, self._batch_of_all(), is_sharded=self.is_fsdp_enabled)
             self._load_distiller(checkpoint)
         super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _batch_of_all(self) -> dict[str, int]:
+        """How many processes there are, and how many samples they take together in a step."""
+        samples = self.get_total_train_batch_size(self.args)
+        return {"processes": self.accelerator.num_processes, "samples_per_step": samples}
 
     def _load_distiller(self, checkpoint: str) -> None:
         path = Path(checkpoint, DISTILLER_NAME)
@@ -768,7 +836,7 @@ class DistillationTrainer(Trainer):
                     f"{path} is missing, and {type(self.distiller).__name__} has state to restore: the checkpoint is "
                     "incomplete, from another method, or was saved with save_only_model=True"
                 )
-            self.distiller.load_state_dict(safetensors.torch.load_file(path))
+            load_whole_state(self.distiller, safetensors.torch.load_file(path))
         if self._saves_teacher:
             if isinstance(self.teacher_model, PreTrainedModel):
                 load_weights(self.teacher_model, self._teacher_folder(checkpoint))
@@ -777,8 +845,8 @@ class DistillationTrainer(Trainer):
         self.distiller.on_load(self.context)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        if isinstance(self.model, PreTrainedModel):
-            load_weights(self.model, resume_from_checkpoint)
+        if isinstance(self._module.student, PreTrainedModel):
+            load_weights(self._module.student, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
@@ -814,4 +882,4 @@ def load_weights(model: PreTrainedModel, folder: str) -> None:
     loaded, info = type(model).from_pretrained(folder, output_loading_info=True, dtype=model.dtype)
     if lost := [*info["missing_keys"], *info["mismatched_keys"]]:
         raise ValueError(f"{folder} lacks {len(lost)} tensors of {type(model).__name__}, such as {lost[:3]}")
-    model.load_state_dict(loaded.state_dict())
+    load_whole_state(model, loaded.state_dict())

@@ -30,9 +30,9 @@ def pytest_unconfigure(config):
 def launch():
     """Run a module of torch or accelerate as a child, on the CPU and away from other workers' ports."""
 
-    def run(*command: object) -> subprocess.CompletedProcess:
+    def run(*command: object, gpus: str = "") -> subprocess.CompletedProcess:
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "FSDP_", "PYTEST_"))}
-        environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+        environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": gpus, "HF_HUB_OFFLINE": "1"}
         line = [sys.executable, "-m", *map(str, command)]
         return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=600, check=False)
 

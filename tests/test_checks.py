@@ -7,7 +7,7 @@ import types
 import datasets
 import pytest
 import torch
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from helpers import (
     NUM_LABELS,
     Bank,
@@ -22,11 +22,12 @@ from helpers import (
     tiny_teacher,
     weights,
 )
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.data import IterableDataset
 
 from hfkd import DistillationTrainer, DistillationTrainingArguments
-from hfkd.checks import check_processes
+from hfkd.checks import check_processes, check_sharding
 from hfkd.distillers import KD, TTM, StudentAlone, Wrapper
 from hfkd.labels import align_labels, head_looks_new
 
@@ -296,12 +297,50 @@ def test_a_stream_is_refused_where_rows_are_looked_up_and_works_elsewhere(tmp_pa
 # Processes
 
 
-@pytest.mark.parametrize("engine", [DistributedType.FSDP, DistributedType.DEEPSPEED])
-def test_engines_that_shard_are_refused_until_they_are_supported(tmp_path, engine):
+def test_deepspeed_is_refused(tmp_path):
     trainer = make_trainer(tmp_path, tiny("bert"), None, None, rows("bert"))
-    active = types.SimpleNamespace(num_processes=2, distributed_type=engine)
-    with pytest.raises(RuntimeError, match=rf"{engine.value} is not supported yet: .*accelerate launch --multi_gpu"):
+    active = types.SimpleNamespace(num_processes=2, distributed_type=DistributedType.DEEPSPEED)
+    with pytest.raises(RuntimeError, match=r"DEEPSPEED is not supported: shard with FSDP2 \(--fsdp\), or use plain"):
         check_processes(trainer.args, active)
+
+
+def test_a_student_for_each_node_is_refused(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, tiny("bert"), None, None, rows("bert"), save_on_each_node=True)
+    four = types.SimpleNamespace(num_processes=4, distributed_type=DistributedType.MULTI_CPU)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    check_processes(trainer.args, four)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="leaves the student out on all nodes but the first .*a disk that all nodes"):
+        check_processes(trainer.args, four)
+
+
+SHARDING = {"fsdp_version": 2, "state_dict_type": "FULL_STATE_DICT", "cpu_ram_efficient_loading": False}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"fsdp_version": 1}, 'FSDP1 is not supported .*"version": 2 in fsdp_config'),
+        ({"state_dict_type": "SHARDED_STATE_DICT"}, '"state_dict_type": "FULL_STATE_DICT"'),
+        ({"cpu_ram_efficient_loading": True}, '"cpu_ram_efficient_loading": false'),
+        ({"cpu_offload": True}, "offloading to the CPU is not supported"),
+        ({"activation_checkpointing": True}, "activation_checkpointing is not supported"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_settings_of_fsdp_that_lose_something_are_refused(wrong, message):
+    with pytest.warns(UserWarning, match="FSDP is tested on CPUs alone"):
+        check_sharding(FullyShardedDataParallelPlugin(**SHARDING), tiny("bert"))
+    with pytest.raises(ValueError, match=message):
+        check_sharding(FullyShardedDataParallelPlugin(**{**SHARDING, **wrong}), tiny("bert"))
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+def test_adapters_are_refused_under_fsdp():
+    student = get_peft_model(tiny("bert"), LoraConfig(target_modules=["query"]))
+    with pytest.raises(ValueError, match="FSDP shards a PreTrainedModel alone, and the student is a PeftModel: train"):
+        check_sharding(FullyShardedDataParallelPlugin(**SHARDING), student)
 
 
 # Arguments

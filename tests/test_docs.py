@@ -60,13 +60,28 @@ def test_the_defaults_are_a_row_of_the_papers_pairs():
     assert f"| ResNet-56 → ResNet-20 | {ttm.gamma:g}, {ttm.beta:g} | {wttm.gamma:g}, {wttm.beta:g} |" in TEXT
 
 
-def test_the_tests_that_it_names_exist():
-    named = set(re.findall(r"`(test_\w+\.py)(?:::(test_\w+))?`", TEXT))
-    assert len(named) > 30
+@pytest.mark.parametrize(("page", "at_least"), [("methods.md", 30), ("engines.md", 25)])
+def test_the_tests_that_it_names_exist(page, at_least):
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    named = set(re.findall(r"`(test_\w+\.py)(?:::(test_\w+))?`", text))
+    assert len(named) > at_least
     files = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")}
     missing = [(file, test) for file, test in named if test and f"\ndef {test}(" not in files.get(file, "")]
     assert not missing
     assert {file for file, _ in named} <= set(files)
+
+
+def test_every_cell_of_the_engines_is_a_test_or_says_that_there_is_none():
+    text = (ROOT / "docs" / "engines.md").read_text(encoding="utf-8")
+    head, _, *table = re.findall(r"^\|(.+)\|$", text, re.M)
+    engines, features = head.split("|")[1:], {row.split("|")[0].strip(): row.split("|")[1:] for row in table}
+    assert len(engines) == 5
+    assert len(features) > 10
+    words = r"untested|refused|as losses|as on 4|by resuming|five of them|twelve of them"
+    for feature, cells in features.items():
+        assert len(cells) == len(engines), feature
+        assert all(re.search(rf"`test_\w+\.py::test_\w+`|{words}", cell) for cell in cells), feature
+    assert "(docs/engines.md)" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_links_lead_somewhere_and_the_contents_are_whole():

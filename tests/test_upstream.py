@@ -16,6 +16,7 @@ from hfkd import DistillationTrainer
 # What transformers calls, and with which arguments in which order; None: any, we hand them on as they come.
 OVERRIDDEN = {
     "_wrap_model": ["model", "training", "dataloader"],
+    "_prepare_for_training": ["max_steps", "train_dataloader", "resume_from_checkpoint"],
     "autocast_smart_context_manager": ["cache_enabled"],
     "create_optimizer": ["model"],
     "_set_signature_columns_if_needed": [],
@@ -116,3 +117,10 @@ def test_canary_21_the_stock_collator_still_crashes_on_a_teachers_columns():
     samples = [{"input_ids": [2] * n, "teacher_input_ids": [3] * (n + 1), "label": 0} for n in (2, 4)]
     with pytest.raises(ValueError, match="teacher_input_ids"):
         DataCollatorWithPadding(tokenizer())(samples)
+
+
+def test_canary_22_a_student_is_still_saved_by_the_first_process_alone(monkeypatch):
+    """Whatever ``save_on_each_node`` says. Workaround: ``check_processes`` refuses it on several nodes."""
+    for name, value in (("_is_torch_distributed_initialized", True), ("_get_torch_distributed_rank", 2)):
+        monkeypatch.setattr(f"transformers.distributed.mixin.{name}", lambda value=value: value)
+    assert tiny("bert").should_save_on_this_rank(is_main_process=True) is False

@@ -136,8 +136,8 @@ class AEKT(Distiller):
 
     Raises:
         ValueError: If an argument is out of range; at setup, for ``"distill_first"``, if the student does not end in
-            one trainable linear layer (an adapted one must save it whole), or ``load_best_model_at_end`` meets
-            ``save_only_model``.
+            one trainable linear layer (an adapted one must save it whole), FSDP is active, or
+            ``load_best_model_at_end`` meets ``save_only_model``.
 
     Source: arXiv 2409.01679; see :func:`aekt_loss`.
     """
@@ -180,6 +180,11 @@ class AEKT(Distiller):
         self.head = nn.Linear(classes, classes, bias=has_bias, device=like.device, dtype=like.dtype)
         self._reset_head()
         if self.has_task_head:
+            if context.is_sharded:
+                raise ValueError(
+                    'AEKT(order="distill_first") folds its head into the student\'s classifier, which FSDP spreads '
+                    'over processes: use order="classify_first" or order=None, or plain data parallelism'
+                )
             if not heads:
                 self._refuse(student, "come from no linear layer")
             self._set_up_folding(student, heads[-1])

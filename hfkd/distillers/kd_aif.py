@@ -213,7 +213,7 @@ class KDAIF(Wrapper):
         ValueError: If an argument is out of range or the base couples the samples of a batch; at setup without
             ``held_out_dataset`` or with unlabelled samples in it, without a training set or if its column ``index``
             repeats itself, if ``layers="last"`` and the student ends in no linear layer, or with
-            ``teacher_update="meta"`` or ``hessian="ekfac"`` on several processes.
+            ``teacher_update="meta"`` or ``hessian="ekfac"`` on several processes, or ``layers="all"`` under FSDP.
 
     Source: arXiv 2501.02705, equations partly our reading: the released example's sign of φ differs between its
     notebooks and its queries are test images. Koh and Liang 2017, arXiv 1703.04730, for φ; Pham et al. 2021, arXiv
@@ -299,6 +299,11 @@ class KDAIF(Wrapper):
         self.register_buffer("refreshed", torch.tensor(-1))  # the epoch of the latest refresh
         if self.layers == "last":
             self._check_last_layer(context)
+        if self.layers == "all" and context.is_sharded:
+            raise ValueError(
+                'KDAIF(layers="all") differentiates by all weights at once, and FSDP spreads them over processes: use '
+                'layers="last", or plain data parallelism'
+            )
         if self.hessian == "ekfac" and context.processes > 1:
             raise ValueError('hessian="ekfac" works in one process: train on one, or use "lissa"')
         if self.teacher_update == "meta":

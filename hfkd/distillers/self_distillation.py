@@ -29,7 +29,8 @@ class SelfDistillation(Distiller):
         warm_up: Share of training during which the weight rises from 0; our choice.
 
     Raises:
-        ValueError: If an argument is out of range, or ``teacher_dtype`` asks for another precision than the student's.
+        ValueError: If an argument is out of range, ``teacher_dtype`` asks for another precision than the student's,
+            or FSDP is active.
 
     Source: Tarvainen and Valpola 2017, "Mean teachers are better role models", NeurIPS, arXiv 1703.01780, for average
     and ramp; there the distance is a squared error of probabilities.
@@ -48,6 +49,11 @@ class SelfDistillation(Distiller):
         return copy.deepcopy(student)
 
     def setup(self, context):
+        if context.is_sharded:
+            raise ValueError(
+                "SelfDistillation averages the student's weights, and FSDP spreads them over processes: use plain "
+                "data parallelism"
+            )
         own, average = (next(model.parameters()).dtype for model in (context.student, context.teacher_model))
         if average != own:
             raise ValueError(
