@@ -130,19 +130,18 @@ def write_model_card(
     )
 
     student, teacher = trainer.model, trainer.teacher_model
+    kind = type(student).__name__.removeprefix("FSDP")  # which sharding puts before a class's name
     parameters = sum(p.numel() for p in student.parameters())
     text = [f"# {model_name}", ""]
     if isinstance(trainer.teacher, ColumnTeacher):
         column = trainer.teacher.column
-        text += [f"{type(student).__name__} with {parameters:,} parameters, taught by its data's column `{column}`."]
+        text += [f"{kind} with {parameters:,} parameters, taught by its data's column `{column}`."]
     elif teacher is None:
-        text += [f"{type(student).__name__} with {parameters:,} parameters, trained without a teacher."]
+        text += [f"{kind} with {parameters:,} parameters, trained without a teacher."]
     else:
         teacher_parameters = sum(p.numel() for p in teacher.parameters())
         names = " and ".join(f"`{public_name(member)}`" for member in members_of(teacher))
-        text += [
-            f"{type(student).__name__} with {parameters:,} parameters, taught by {names} with {teacher_parameters:,}."
-        ]
+        text += [f"{kind} with {parameters:,} parameters, taught by {names} with {teacher_parameters:,}."]
     text += ["", f"Method: `{describe(trainer.distiller)}`, through hfkd.", ""]
     if scores:
         text += ["| score | value |", "|---|---|", *(f"| {k} | {v:.4f} |" for k, v in scores.items()), ""]

@@ -163,6 +163,7 @@ def resume(folder) -> dict:
     whole.train()
     after = whole.evaluate()["eval_loss"]
     whole.save_model()
+    whole.create_model_card()
     resumed = resumable(folder)
     resumed.train(resume_from_checkpoint=str(folder / "checkpoint-3"))
     return {

@@ -156,6 +156,7 @@ def test_the_student_is_saved_whole_and_under_its_own_names(results, launched, n
         assert student.config.architectures == ["ViTForImageClassification"]
         own = {f"0.{key}": tensor for key, tensor in student.state_dict().items()}
         assert_identical(own, {key: tensor for key, tensor in state.items() if key.startswith("0.")})
+    assert "\nViTForImageClassification with" in (folder / "README.md").read_text(encoding="utf-8")
     saved = safetensors.torch.load_file(folder / "checkpoint-6" / DISTILLER_NAME)
     assert_identical(saved, {key[2:]: tensor for key, tensor in state.items() if key.startswith("1.")})
     assert not [file for file in folder.rglob("*") if "fsdp" in file.name or file.name == "training_args.bin"]
