@@ -54,13 +54,14 @@ class Size:
     images: int = 2048
     wide_images: int = 2048
     sentences: int = 1024
-    steps: int = 16
+    steps: int = 4
+    step_rounds: int = 15
     rounds: int = 5
     slow_rounds: int = 3
     starts: int = 3
 
 
-QUICK = Size(images=128, wide_images=64, sentences=32, steps=2, rounds=2, slow_rounds=1, starts=1)
+QUICK = Size(images=128, wide_images=64, sentences=32, steps=2, step_rounds=2, rounds=2, slow_rounds=1, starts=1)
 
 
 class Benchmark:
@@ -81,7 +82,9 @@ class Benchmark:
             (teacher, student), (bare_teacher, bare_student) = models(), models()
             online = self.trainer(student, teacher, FixedBatches(batches), batch_size=batch_size)
             bare = _bare_loop(bare_teacher, bare_student, batches)
-            measured = interleave({"online": online, "bare": lambda bare=bare: seconds_of(bare)}, self.size.rounds)
+            measured = interleave(
+                {"online": online, "bare": lambda bare=bare: seconds_of(bare)}, self.size.step_rounds
+            )
             name = f"online KD step / (student step + teacher forward), {name}"
             self.ratios[name] = ratio(measured["online"], measured["bare"], "<= 1.05")
 
@@ -97,7 +100,7 @@ class Benchmark:
         ]
         yield RESNET, lambda: image_models(RESNET), pictures, 64
         with self._unless_missing(f"steps, {TEXT}"):
-            *_, train, tokenizer = text_models_and_data(32 * self.size.steps)
+            *_, train, tokenizer = text_models_and_data(32 * max(1, self.size.steps // 2))
             sentences = list(DataLoader(train, 32, collate_fn=DistillationCollator(tokenizer)))
             yield TEXT, lambda: text_models_and_data(1)[:2], sentences, 32
 
@@ -228,12 +231,12 @@ class Benchmark:
 
     def measure_logging(self) -> None:
         """Ten terms, logged every tenth step and not at all."""
-        split = images(64 * 2 * self.size.steps)
+        split = images(64 * 5 * self.size.steps)
         sides = {}
         for side, options in {"on": {"logging_steps": 10}, "off": {"logging_strategy": "no"}}.items():
             teacher, student = image_models(RESNET)
             sides[side] = self.trainer(student, None, image_set(split, student), distiller=TenTerms(), **options)
-        seconds = interleave(sides, 2 * self.size.rounds)
+        seconds = interleave(sides, self.size.step_rounds)
         self.ratios["logging on / off, 10 terms"] = ratio(seconds["on"], seconds["off"], "<= 1.01")
 
     def measure_influence(self) -> None:

@@ -131,7 +131,9 @@ def test_the_reference_loop_and_the_trainer_compute_the_same(benchmark, tmp_path
 
 def test_the_benchmark_has_its_format_and_leaves_out_what_is_missing(benchmark, tmp_path, monkeypatch, capsys):
     run = benchmark("run")
-    monkeypatch.setattr(run, "QUICK", run.Size(images=8, wide_images=8, steps=1, rounds=1, slow_rounds=1, starts=1))
+    monkeypatch.setattr(
+        run, "QUICK", run.Size(images=8, wide_images=8, steps=1, step_rounds=1, rounds=1, slow_rounds=1, starts=1)
+    )
     monkeypatch.setattr(run, "RESNET", "tiny")
     monkeypatch.setitem(run.cases.PAIRS, "tiny", ("resnet14", "resnet8"))
     monkeypatch.setitem(sys.modules, "torchdistill.core.distillation", None)
