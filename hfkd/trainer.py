@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import datasets
 import numpy as np
 import safetensors.torch
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import DynamoBackend, broadcast_object_list
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, Subset
 from tqdm.auto import tqdm
@@ -38,6 +39,7 @@ from hfkd.data import DistillationCollator
 from hfkd.distillers import KD, Distiller, ModelOutputs, StudentAlone
 from hfkd.distillers.base import IGNORE_INDEX, HardLabelLoss, autocast_off, weighted_mean
 from hfkd.features import (
+    Capture,
     base_model,
     detached,
     find_module,
@@ -74,14 +76,24 @@ class _DistillationModule(nn.Module):
         self._ddp_params_and_buffers_to_ignore = [
             f"distiller.{name}" for name, _ in distiller.named_buffers() if not name.endswith(statistics)
         ]
+        self._student = Capture(student, distiller.student_layers)
+        self._teacher = nullcontext() if teacher is None else Capture(teacher, distiller.teacher_layers)
+        self._compiled = self._terms
+
+    def compile_terms(self, **options) -> None:
+        """Compile the forward pass; in place, so that nothing is wrapped and saved names stay what they are."""
+        self._compiled = torch.compile(self._terms, **options)
 
     def forward(self, batch: Mapping[str, Tensor], teacher: ModelOutputs | None) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss, a scalar, and what is logged: its terms and the distiller's figures, without gradient."""
-        student = in_float32(run_model(self.student, batch, layers=self.distiller.student_layers))
+        with self._student, self._teacher:
+            return self._compiled(batch, teacher)
+
+    def _terms(self, batch: Mapping[str, Tensor], teacher: ModelOutputs | None) -> tuple[Tensor, dict[str, Tensor]]:
+        student = in_float32(self._student.run(batch))
         live_teacher = None
         if self.teacher is not None:
-            layers = self.distiller.teacher_layers
-            live_teacher = in_float32(run_model(self.teacher, batch, layers=layers, prefix="teacher_"))
+            live_teacher = in_float32(self._teacher.run(batch, prefix="teacher_"))
             live_teacher.task_logits = live_teacher.logits
             teacher = detached(live_teacher)
         elif teacher is not None:
@@ -239,6 +251,8 @@ class DistillationTrainer(Trainer):
         # transformers before 5.20 has no `loss_is_scaled_for_ga` and asks this instead.
         self.model_accepts_loss_kwargs = False
         check_processes(self.args, self.accelerator)
+        # Else Accelerate compiles too, and around DDP.
+        self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
 
         self.held_out_dataset = held_out_dataset
         self.distiller = distiller
@@ -331,7 +345,7 @@ class DistillationTrainer(Trainer):
             return
         dtype = getattr(self.args, "teacher_dtype", None)
         dtype = getattr(torch, dtype) if dtype else None
-        options = {"dtype": dtype, "device": self.args.device}
+        options = {"dtype": dtype, "device": self.args.device, "compile_options": self._compile_options()}
         if next(self.teacher_model.parameters()).is_meta:
             load = partial(self._load_teacher, self.teacher_model.name_or_path, self.model)
             self.teacher = DeferredTeacher(self.teacher_model, load, label_order=label_orders[0], **options)
@@ -372,7 +386,7 @@ class DistillationTrainer(Trainer):
             for path in layers if model is not None else ():
                 find_module(base_model(model), path.partition(":")[0])
         if isinstance(self.teacher, Teacher):
-            self.teacher.layers = tuple(self.distiller.teacher_layers)
+            self.teacher.watch(self.distiller.teacher_layers)
         trained_teacher = self.teacher_model if self.distiller.trains_teacher else None
         self._module = _DistillationModule(self.model, self.distiller, trained_teacher)
         has_parameters = next(self.distiller.parameters(), None) is not None
@@ -434,12 +448,19 @@ class DistillationTrainer(Trainer):
 
     # Wrapping and optimizer
 
+    def _compile_options(self) -> dict[str, Any] | None:
+        if not self.args.torch_compile:
+            return None
+        return {"backend": self.args.torch_compile_backend, "mode": self.args.torch_compile_mode}
+
     def _wrap_model(self, model, training=True, dataloader=None):
         if not training:
             return self._module
         wrapped_before = isinstance(
             self.accelerator.unwrap_model(model, keep_torch_compile=False), _DistillationModule
         )
+        if not wrapped_before and self.args.torch_compile:
+            self._module.compile_terms(**self._compile_options())
         return self.accelerator.prepare(model if wrapped_before else self._module)
 
     def autocast_smart_context_manager(self, cache_enabled=True):
@@ -516,7 +537,7 @@ class DistillationTrainer(Trainer):
         teacher = None if self.teacher is None else self.context.teacher(self._with_view(batch))
         loss, terms = model(batch, teacher)
         for name, term in terms.items():
-            self._term_sums[name] = self._term_sums[name] + term if name in self._term_sums else term
+            self._term_sums[name] = self._term_sums.get(name, 0) + term
         self._term_count += 1
         return (loss, terms) if return_outputs else loss
 

@@ -16,13 +16,17 @@ from helpers import (
     freeze_batch_norm,
     largest_difference,
     logged,
+    make_trainer,
+    rows,
     tiny,
+    tiny_teacher,
     weights,
 )
 from peft import LoraConfig, get_peft_model
 from test_contract import METHODS, NAMES, build, build_double
 from transformers import TrainerCallback
 
+from hfkd.distillers import KD, HiddenStates
 from hfkd.features import base_model, run_model
 from hfkd.trainer import DISTILLER_NAME
 
@@ -279,12 +283,13 @@ def test_compiled_it_learns_the_same_and_its_checkpoint_is_anybodys(tmp_path, me
 
     plain = make()
     plain.train()
-    graphs = torch._dynamo.utils.counters["stats"]
-    graphs.clear()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
     compiled = make(torch_compile=True, torch_compile_backend="aot_eager")
     compiled.train()
-    assert isinstance(compiled.model_wrapped, torch._dynamo.eval_frame.OptimizedModule)
-    assert graphs["unique_graphs"] > 0
+    frozen_teacher = compiled.teacher is not None
+    assert counters["stats"]["unique_graphs"] == (2 if frozen_teacher else 1)
+    assert not counters["graph_break"]
     assert logged(compiled, "loss") == pytest.approx(logged(plain, "loss"), rel=1e-5)
     for part in (compiled.model, compiled.distiller):
         assert not [name for name in part.state_dict() if "_orig_mod" in name]
@@ -295,3 +300,42 @@ def test_compiled_it_learns_the_same_and_its_checkpoint_is_anybodys(tmp_path, me
     resumed = make()
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert largest_difference(everything(resumed), everything(compiled)) <= 1e-5
+
+
+def lengths(n, *, longest):
+    """Texts in an order in which each batch of four has another length, the last one being ragged too."""
+    dataset = rows("bert", n, length=longest)
+    start = torch.arange(n) // 4 + 3
+    mask = (torch.arange(longest) < start[:, None]).long()
+    columns = ("input_ids", "attention_mask", "token_type_ids")
+    full = dict(dataset.columns, input_ids=torch.randint(1, 60, (n, longest)))
+    return dataset.with_columns(**{name: full[name] * mask for name in columns[:1] + columns[2:]}, attention_mask=mask)
+
+
+@pytest.mark.parametrize("ensemble", [False, True])
+def test_other_lengths_and_a_ragged_batch_are_compiled_for_once(tmp_path, ensemble):
+    """A first shape, then one graph for any other: of the step, and of each teacher, also where it is scored."""
+    torch._dynamo.reset()
+    dataset = lengths(30, longest=12)
+    teachers = [tiny_teacher("bert", seed=seed) for seed in ((1, 2, 3) if ensemble else (1,))]
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    trainer = make_trainer(
+        tmp_path,
+        tiny("bert"),
+        teachers if ensemble else teachers[0],
+        HiddenStates() if not ensemble else KD(),
+        dataset,
+        max_steps=24,
+        per_device_train_batch_size=4,
+        train_sampling_strategy="sequential",
+        torch_compile=True,
+        torch_compile_backend="aot_eager",
+    )
+    trainer.train()
+    # A length, then any length, then any number of samples too.
+    assert counters["stats"]["unique_graphs"] <= 3 * (1 + len(teachers))
+    assert not counters["graph_break"]
+    compiled = dict(counters["stats"])
+    trainer.evaluate_teacher(lengths(22, longest=12))
+    assert counters["stats"]["unique_graphs"] == compiled["unique_graphs"]
