@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 
-from hfkd.cache import TeacherCache, describe
+from hfkd.cache import TeacherCache, describe, keep_on_host
 from hfkd.checks import (
     check_cache,
     check_columns,
@@ -124,6 +124,16 @@ class _Collator:
 
     def __call__(self, features):
         return (self.of_batch if isinstance(features, Mapping) else self.of_samples)(features)
+
+
+class _KeepingOnHost:
+    """A collator whose batches tell a teacher's cache what they hold, wherever they are sent."""
+
+    def __init__(self, collator: Callable):
+        self.collator = collator
+
+    def __call__(self, features):
+        return keep_on_host(self.collator(features))
 
 
 class _Hooks(TrainerCallback):
@@ -530,12 +540,21 @@ class DistillationTrainer(Trainer):
         by_sample = super()._get_collator_with_removed_columns(data_collator, description)
         return _Collator(data_collator, by_sample)
 
+    def get_train_dataloader(self):
+        collator = self.data_collator
+        if self.cache is not None:
+            self.data_collator = _KeepingOnHost(collator)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = collator
+
     # Steps
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         batch = self._with_labels(inputs)
         teacher = None if self.teacher is None else self.context.teacher(self._with_view(batch))
-        loss, terms = model(batch, teacher)
+        loss, terms = model({name: column for name, column in batch.items() if isinstance(column, Tensor)}, teacher)
         for name, term in terms.items():
             self._term_sums[name] = self._term_sums.get(name, 0) + term
         self._term_count += 1
@@ -545,7 +564,8 @@ class DistillationTrainer(Trainer):
         """A batch of the training set with what the teacher's cache, where there is one, knows it by."""
         if self.cache is None or "view" in batch:
             return dict(batch)
-        return {**batch, "view": torch.zeros_like(batch["index"])}
+        whole = {**batch, "view": torch.zeros_like(batch["index"])}
+        return {**whole, "host_view": np.zeros_like(batch["host_index"])} if "host_index" in batch else whole
 
     def _with_labels(self, inputs: Mapping[str, Tensor], *, fill: bool = True) -> dict[str, Tensor]:
         """The batch with its labels under that name; unlabelled data gets -100 where ``fill``."""

@@ -27,7 +27,7 @@ from helpers import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
-from hfkd.distillers import AKD, CRD, KD, KDAIF, TTM, Combined, FitNet, InContextKD, SelfDistillation
+from hfkd.distillers import AKD, CRD, KD, KDAIF, TTM, VID, Combined, InContextKD, SelfDistillation
 
 
 sys.path.append(str(Path(__file__).parent / "distillers"))
@@ -335,7 +335,7 @@ def fully_sharded(folder) -> dict:
 
 def compiled(folder) -> dict:
     """The step and the teacher, with layers of both looked at and a layer of the method's own."""
-    student, distiller = freeze_batch_norm(tiny("resnet")).double(), FitNet()
+    student, distiller = freeze_batch_norm(tiny("resnet")).double(), VID()
     trainer = make_trainer(
         folder,
         student,
@@ -348,7 +348,6 @@ def compiled(folder) -> dict:
         torch_compile_backend="aot_eager" if WORLD > 1 else None,
         **share(),
     )
-    freeze_batch_norm(distiller)
     torch._dynamo.utils.counters.clear()
     trainer.train()
     counters = torch._dynamo.utils.counters

@@ -5,6 +5,7 @@ what a method learns. BatchNorm is frozen where batches of different sizes are c
 """
 
 import copy
+import traceback
 from dataclasses import replace
 
 import pytest
@@ -24,6 +25,7 @@ from helpers import (
 )
 from peft import LoraConfig, get_peft_model
 from test_contract import METHODS, NAMES, build, build_double
+from torch.overrides import TorchFunctionMode
 from transformers import TrainerCallback
 
 from hfkd.distillers import KD, HiddenStates
@@ -258,6 +260,96 @@ def test_an_adapted_student_learns_and_resumes(tmp_path, method, arguments):
     saved = safetensors.torch.load_file(tmp_path / "checkpoint-3" / "adapter_model.safetensors")
     assert len(saved) == len(learns)
     assert base_model(whole.model) is not whole.model
+
+
+# Waiting for the device
+
+
+class Waits(TorchFunctionMode):
+    """Notes what would wait for a device, if there were one, where our code asks for it.
+
+    Upstream's is not ours to avoid: transformers looks whether a mask is all ones unless it is compiled.
+    """
+
+    METHODS = "item tolist cpu numpy nonzero unique masked_select __bool__ __int__ __float__ __index__ equal allclose"
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.calls = [], 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.calls += 1
+        name = getattr(func, "__name__", "")
+        index = args[1] if name in ("__getitem__", "__setitem__") else ()
+        masks = [part for part in (index if isinstance(index, tuple) else (index,)) if isinstance(part, torch.Tensor)]
+        if name in self.METHODS.split() or any(mask.dtype == torch.bool for mask in masks):
+            stack = [frame for frame in traceback.extract_stack()[:-1] if "/torch/" not in frame.filename]
+            if not any(f"/{package}/" in stack[-1].filename for package in ("transformers", "accelerate", "timm")):
+                self.seen.append(f"{name} at {stack[-1].filename}:{stack[-1].lineno}")
+        return func(*args, **(kwargs or {}))
+
+
+def waits_in_two_steps(trainer):
+    """Of forward and backward, and of what the method does at their end; of a long run, where nothing is due then."""
+    waits = Waits()
+    training_step, on_step_end = trainer.training_step, trainer.distiller.on_step_end
+
+    def watched(function):
+        def run(*args, **kwargs):
+            with waits:
+                return function(*args, **kwargs)
+
+        return run
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 2
+
+    trainer.training_step, trainer.distiller.on_step_end = watched(training_step), watched(on_step_end)
+    trainer.add_callback(Stop())
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert waits.calls > 100
+    return waits.seen
+
+
+@every_method
+def test_no_step_waits_for_the_device(tmp_path, method, arguments):
+    _, trainer = build(tmp_path, method, arguments, max_steps=100, logging_steps=100)
+    assert waits_in_two_steps(trainer) == []
+
+
+@pytest.mark.parametrize("family", ["bert", "cifar"])
+def test_no_step_waits_for_the_device_to_read_the_cache(tmp_path, family):
+    trainer = make_trainer(
+        tmp_path / "run",
+        tiny(family),
+        tiny_teacher(family),
+        KD(),
+        rows(family),
+        max_steps=100,
+        logging_steps=100,
+        teacher_cache=str(tmp_path / "cache"),
+    )
+    trainer.warm_teacher_cache()
+    asked = trainer.cache.misses
+    assert waits_in_two_steps(trainer) == []
+    assert (trainer.cache.hits, trainer.cache.misses) == (16, asked)
+
+
+def test_what_would_wait_is_noticed(tmp_path):
+    class Curious(KD):
+        def forward(self, student, teacher, batch):
+            some = student.logits[batch["labels"] > 1].mean()
+            return {**super().forward(student, teacher, batch), "some": some if some.isfinite() else 0 * some}
+
+        def on_step_end(self, context):
+            self.rows = context.gather(torch.ones(2)).cpu()
+
+    trainer = make_trainer(tmp_path, tiny("bert"), tiny_teacher("bert"), Curious(), rows("bert"), max_steps=100)
+    waits = waits_in_two_steps(trainer)
+    assert [wait.split()[0] for wait in waits] == 2 * ["__getitem__", "__bool__", "cpu"]
+    assert all(wait.partition(":")[0].endswith("test_under_conditions.py") for wait in waits)
 
 
 # torch.compile
