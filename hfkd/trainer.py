@@ -35,7 +35,7 @@ from hfkd.checks import (
     teacher_column,
 )
 from hfkd.context import DistillationContext
-from hfkd.data import DistillationCollator
+from hfkd.data import DistillationCollator, ImageDataset
 from hfkd.distillers import KD, Distiller, ModelOutputs, StudentAlone
 from hfkd.distillers.base import IGNORE_INDEX, HardLabelLoss, autocast_off, weighted_mean
 from hfkd.features import (
@@ -269,6 +269,8 @@ class DistillationTrainer(Trainer):
         self.context = DistillationContext(self)
         self.problem_type = problem_type_of(model)
         self._set_up_labels()
+        if self.args.device.type != "cpu":
+            self._move_images(self.args.device)
         self._set_up_teacher(teacher_model)
         self._set_up_distiller()
         if getattr(self.args, "teacher_cache", None) and self.teacher_model is not None:
@@ -280,6 +282,17 @@ class DistillationTrainer(Trainer):
         self.callback_handler.callbacks.insert(0, _LastHook(self))
 
     # Setting up
+
+    def _move_images(self, device: torch.device) -> None:
+        """Let small image sets live on the device, where the loader works in this process."""
+        sets = [innermost(dataset) for dataset in (*self._eval_datasets().values(), self.held_out_dataset)]
+        train = innermost(self.train_dataset)
+        if self.args.dataloader_num_workers or not (isinstance(train, ImageDataset) and train.can_move):
+            return
+        for dataset in (train, *sets):
+            if isinstance(dataset, ImageDataset) and dataset.can_move:
+                dataset.to(device)
+        self.args.dataloader_pin_memory = False  # what is there already cannot be pinned
 
     def _set_up_labels(self) -> None:
         """Check labels and columns against student and distiller; settle what the hard-label loss is."""
