@@ -247,7 +247,8 @@ class TeacherCache:
         if "view" not in batch or self.teacher.precision != self.precision:
             return self.teacher(batch)
         device = batch["index"].device
-        positions = self._positions(batch["index"], batch["view"])
+        positions = self._positions(*(_on_host(batch, name) for name in ("index", "view")))
+        batch = {name: column for name, column in batch.items() if isinstance(column, Tensor)}
         start = time.perf_counter()
         read = {layer: array.read(positions) for layer, array in self._arrays()}
         self.store_seconds += time.perf_counter() - start
@@ -258,7 +259,7 @@ class TeacherCache:
         if len(missing):
             if len(missing) < len(known):
                 rows = torch.from_numpy(missing).to(device)
-                batch = {name: column[rows] for name, column in batch.items() if isinstance(column, Tensor)}
+                batch = {name: column[rows] for name, column in batch.items()}
             for layer, values in self._ask(batch, positions[missing]).items():
                 read[layer][0][missing] = values
         arrays = {layer: values for layer, (values, _) in read.items()}
@@ -266,14 +267,15 @@ class TeacherCache:
             start = time.perf_counter()
             arrays[_LOGITS] = self.top.unpack(arrays[_LOGITS])
             self.store_seconds += time.perf_counter() - start
-        tensors = {layer: torch.from_numpy(values).to(device) for layer, values in arrays.items()}
+        tensors = {
+            layer: torch.from_numpy(values).to(device, non_blocking=True) for layer, values in arrays.items()
+        }
         return ModelOutputs(tensors.pop(_LOGITS), features=tensors)
 
     def _arrays(self) -> list[tuple[str, _Rows]]:
         return [(_LOGITS, self.logits), *self.features.items()]
 
-    def _positions(self, index: Tensor, view: Tensor) -> np.ndarray:
-        index, view = index.cpu().numpy(), view.cpu().numpy()
+    def _positions(self, index: np.ndarray, view: np.ndarray) -> np.ndarray:
         rows = np.searchsorted(self.index, index)
         unknown = self.index[np.minimum(rows, len(self.index) - 1)] != index
         if unknown.any():
@@ -409,6 +411,16 @@ class TeacherCache:
         part = self.folder / f"{MANIFEST}.part"
         part.write_text(json.dumps(manifest, indent=1) + "\n")
         part.replace(self.folder / MANIFEST)
+
+
+def keep_on_host(batch: Mapping[str, Tensor]) -> dict[str, Tensor | np.ndarray]:
+    """A batch with copies, which stay where they are, of what a cache knows it by: to read it there is to wait."""
+    copies = {f"host_{name}": batch[name].numpy() for name in ("index", "view") if name in batch}
+    return {**batch, **copies}
+
+
+def _on_host(batch: Mapping[str, Tensor | np.ndarray], name: str) -> np.ndarray:
+    return batch[f"host_{name}"] if f"host_{name}" in batch else batch[name].cpu().numpy()
 
 
 def describe(

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import TimmWrapperForImageClassification
 
 from hfkd.distillers.base import ModelOutputs
@@ -44,8 +45,12 @@ def input_names(model: nn.Module) -> tuple[str, ...]:
 
 def select_inputs(model: nn.Module, batch: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
     """The part of a batch that a model takes; a column ``prefix + name`` goes before ``name``."""
+    return _select(input_names(model), batch, prefix)
+
+
+def _select(names: Sequence[str], batch: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     inputs = {}
-    for name in input_names(model):
+    for name in names:
         if prefix and prefix + name in batch:
             inputs[name] = batch[prefix + name]
         elif name in batch:
@@ -151,41 +156,58 @@ def _first_tensor(output) -> Tensor:
     return _first_tensor(output[0]) if isinstance(output, (tuple, list)) else output
 
 
-@contextmanager
-def capture(model: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """Collect what passes through the modules at ``paths`` while the context is open.
+class Capture:
+    """A model and what passes through some of its modules, collected while the context is open.
+
+    It may be opened again and again. The hooks stay the same ones, since torch.compile, which does not look for new
+    ones, must meet at every step those that it has compiled; and it cannot compile putting them there.
 
     Args:
         model: The model that is run inside the context.
         paths: Module paths; ``"path:input"`` for the module's first input instead of its (first) output.
 
-    Yields:
-        A dictionary that each forward pass fills, keyed as in ``paths``.
+    Attributes:
+        features: What the latest forward pass gave, keyed as in ``paths``.
 
     Raises:
         ValueError: If a path names no module.
     """
-    features, handles = {}, []
 
-    def keep(key: str, value) -> None:
-        features[key] = _first_tensor(value)
+    def __init__(self, model: nn.Module, paths: Sequence[str]):
+        self.model, self.names = model, input_names(model)
+        self.features: dict[str, Tensor] = {}
+        self._hooks = [(key, *self._hook(key)) for key in paths]
+        self._handles: list[RemovableHandle] = []
 
-    try:
-        for key in paths:
-            path, _, side = key.partition(":")
-            module = find_module(base_model(model), path)
-            if side == "input":
-                handles.append(
-                    module.register_forward_pre_hook(
-                        lambda _, args, kwargs, key=key: keep(key, args or tuple(kwargs.values())), with_kwargs=True
-                    )
-                )
+    def _hook(self, key: str) -> tuple[nn.Module, Callable]:
+        path, _, side = key.partition(":")
+
+        def keep_input(module, args, kwargs):
+            self.features[key] = _first_tensor(args or tuple(kwargs.values()))
+
+        def keep_output(module, args, output):
+            self.features[key] = _first_tensor(output)
+
+        return find_module(base_model(self.model), path), keep_input if side == "input" else keep_output
+
+    def __enter__(self) -> Capture:
+        for key, module, hook in self._hooks:
+            if key.endswith(":input"):
+                self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             else:
-                handles.append(module.register_forward_hook(lambda _, args, output, key=key: keep(key, output)))
-        yield features
-    finally:
-        for handle in handles:
+                self._handles.append(module.register_forward_hook(hook))
+        return self
+
+    def __exit__(self, *_) -> None:
+        for handle in self._handles:
             handle.remove()
+        self._handles.clear()
+        self.features.clear()
+
+    def run(self, batch: Mapping[str, Tensor], prefix: str = "") -> ModelOutputs:
+        """Run the model on its columns of a batch, inside the context; see :func:`run_model`."""
+        logits = self.model(**_select(self.names, batch, prefix)).logits
+        return ModelOutputs(logits, features=dict(self.features))
 
 
 def run_model(
@@ -202,12 +224,8 @@ def run_model(
     Returns:
         Logits and features, in the precision of the model.
     """
-    inputs = select_inputs(model, batch, prefix)
-    if not layers:
-        return ModelOutputs(model(**inputs).logits)
-    with capture(model, layers) as features:
-        logits = model(**inputs).logits
-    return ModelOutputs(logits, features=features)
+    with Capture(model, layers) as capture:
+        return capture.run(batch, prefix)
 
 
 def _full_precision(tensor: Tensor) -> Tensor:

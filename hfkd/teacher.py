@@ -6,12 +6,13 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hfkd.distillers.base import HardLabelLoss, ModelOutputs, autocast_off, check_temperature
-from hfkd.features import in_float32, run_model
+from hfkd.features import Capture, in_float32, select_inputs
 
 
 class TeacherEnsemble(nn.Module):
@@ -106,6 +107,8 @@ class Teacher:
         label_order: For each of the student's classes the teacher's index of it; None where the orders agree.
         dtype: Precision of its own, outside autocast; None follows the student.
         device: Where it runs.
+        compile_options: Of torch.compile; None runs it as it is. Only what is asked here is compiled: the model itself
+            stays as it was for others.
     """
 
     def __init__(
@@ -116,12 +119,20 @@ class Teacher:
         label_order: Sequence[int] | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
+        compile_options: Mapping[str, Any] | None = None,
     ):
         if dtype not in (None, next(model.parameters()).dtype):
             model = copy.deepcopy(model).to(dtype)  # the caller's stays as it is
         self.model = model.eval().requires_grad_(False).to(device)
-        self.layers, self.dtype, self.device = tuple(layers), dtype, device
+        self.dtype, self.device = dtype, device
         self.label_order = None if label_order is None else torch.tensor(label_order, device=device)
+        self._answer = self._run if compile_options is None else torch.compile(self._run, **compile_options)
+        self.watch(layers)
+
+    def watch(self, layers: Sequence[str]) -> None:
+        """Choose the module paths to capture."""
+        self.layers = tuple(layers)
+        self._capture = Capture(self.model, self.layers)
 
     @property
     def precision(self) -> str:
@@ -147,8 +158,15 @@ class Teacher:
             )
         if self.dtype is not None:
             batch = {k: v.to(self.dtype) if v.is_floating_point() else v for k, v in batch.items()}
-        with nullcontext() if self.dtype is None else autocast_off(next(self.model.parameters()).device):
-            outputs = run_model(self.model, batch, layers=self.layers, prefix="teacher_")
+        with (
+            self._capture,
+            nullcontext() if self.dtype is None else autocast_off(next(self.model.parameters()).device),
+        ):
+            # Of its inputs alone, or torch.compile would compile for each set of other columns.
+            return self._answer(select_inputs(self.model, batch, prefix="teacher_"))
+
+    def _run(self, inputs: Mapping[str, Tensor]) -> ModelOutputs:
+        outputs = self._capture.run(inputs)
         if self.label_order is None:
             return outputs
         return replace(outputs, logits=outputs.logits[:, self.label_order])
@@ -165,8 +183,9 @@ class DeferredTeacher(Teacher):
 
     def __init__(self, outline: nn.Module, load: Callable[[], nn.Module], **options):
         self.model, self.load, self.options = outline, load, options
-        self.layers, self.dtype, self.device = (), options["dtype"], options["device"]
+        self.dtype, self.device = options["dtype"], options["device"]
         self.label_order = None if options["label_order"] is None else torch.tensor(options["label_order"])
+        self.watch(())
 
     @property
     def is_loaded(self) -> bool:

@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import datasets
 import numpy as np
 import safetensors.torch
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import DynamoBackend, broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer import FSDP_MODEL_NAME, TRAINING_ARGS_NAME
 
-from hfkd.cache import TeacherCache, describe
+from hfkd.cache import TeacherCache, describe, keep_on_host
 from hfkd.checks import (
     check_cache,
     check_columns,
@@ -41,10 +41,11 @@ from hfkd.checks import (
     teacher_column,
 )
 from hfkd.context import DistillationContext
-from hfkd.data import DistillationCollator
+from hfkd.data import DistillationCollator, ImageDataset
 from hfkd.distillers import KD, Distiller, ModelOutputs, StudentAlone
 from hfkd.distillers.base import IGNORE_INDEX, HardLabelLoss, autocast_off, weighted_mean
 from hfkd.features import (
+    Capture,
     base_model,
     detached,
     find_module,
@@ -83,14 +84,24 @@ class _DistillationModule(nn.Module):
         self._ddp_params_and_buffers_to_ignore = [
             f"distiller.{name}" for name, _ in distiller.named_buffers() if not name.endswith(statistics)
         ]
+        self._student = Capture(student, distiller.student_layers)
+        self._teacher = nullcontext() if teacher is None else Capture(teacher, distiller.teacher_layers)
+        self._compiled = self._terms
+
+    def compile_terms(self, **options) -> None:
+        """Compile the forward pass; in place, so that nothing is wrapped and saved names stay what they are."""
+        self._compiled = torch.compile(self._terms, **options)
 
     def forward(self, batch: Mapping[str, Tensor], teacher: ModelOutputs | None) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss, a scalar, and what is logged: its terms and the distiller's figures, without gradient."""
-        student = in_float32(run_model(self.student, batch, layers=self.distiller.student_layers))
+        with self._student, self._teacher:
+            return self._compiled(batch, teacher)
+
+    def _terms(self, batch: Mapping[str, Tensor], teacher: ModelOutputs | None) -> tuple[Tensor, dict[str, Tensor]]:
+        student = in_float32(self._student.run(batch))
         live_teacher = None
         if self.teacher is not None:
-            layers = self.distiller.teacher_layers
-            live_teacher = in_float32(run_model(self.teacher, batch, layers=layers, prefix="teacher_"))
+            live_teacher = in_float32(self._teacher.run(batch, prefix="teacher_"))
             live_teacher.task_logits = live_teacher.logits
             teacher = detached(live_teacher)
         elif teacher is not None:
@@ -131,6 +142,16 @@ class _Collator:
 
     def __call__(self, features):
         return (self.of_batch if isinstance(features, Mapping) else self.of_samples)(features)
+
+
+class _KeepingOnHost:
+    """A collator whose batches tell a teacher's cache what they hold, wherever they are sent."""
+
+    def __init__(self, collator: Callable):
+        self.collator = collator
+
+    def __call__(self, features):
+        return keep_on_host(self.collator(features))
 
 
 class _Hooks(TrainerCallback):
@@ -257,14 +278,20 @@ class DistillationTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         check_processes(self.args, self.accelerator)
         if self.is_fsdp_enabled:
+            if self.args.torch_compile:
+                raise ValueError("torch_compile=True is not supported under FSDP: drop one of the two")
             check_sharding(self.accelerator.state.fsdp_plugin, self.model)
             self.model.to(self.args.device)  # which transformers leaves to the sharding, and setup runs the student
+        # Else Accelerate compiles too, and around DDP.
+        self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
 
         self.held_out_dataset = held_out_dataset
         self.distiller = distiller
         self.context = DistillationContext(self)
         self.problem_type = problem_type_of(model)
         self._set_up_labels()
+        if self.args.device.type != "cpu":
+            self._move_images(self.args.device)
         self._set_up_teacher(teacher_model)
         self._set_up_distiller()
         if getattr(self.args, "teacher_cache", None) and self.teacher_model is not None:
@@ -277,6 +304,17 @@ class DistillationTrainer(Trainer):
         self.callback_handler.callbacks.insert(0, _LastHook(self))
 
     # Setting up
+
+    def _move_images(self, device: torch.device) -> None:
+        """Let small image sets live on the device, where the loader works in this process."""
+        sets = [innermost(dataset) for dataset in (*self._eval_datasets().values(), self.held_out_dataset)]
+        train = innermost(self.train_dataset)
+        if self.args.dataloader_num_workers or not (isinstance(train, ImageDataset) and train.can_move):
+            return
+        for dataset in (train, *sets):
+            if isinstance(dataset, ImageDataset) and dataset.can_move:
+                dataset.to(device)
+        self.args.dataloader_pin_memory = False  # what is there already cannot be pinned
 
     def _set_up_labels(self) -> None:
         """Check labels and columns against student and distiller; settle what the hard-label loss is."""
@@ -354,7 +392,7 @@ class DistillationTrainer(Trainer):
             return
         dtype = getattr(self.args, "teacher_dtype", None)
         dtype = getattr(torch, dtype) if dtype else None
-        options = {"dtype": dtype, "device": self.args.device}
+        options = {"dtype": dtype, "device": self.args.device, "compile_options": self._compile_options()}
         if next(self.teacher_model.parameters()).is_meta:
             load = partial(self._load_waiting, self.teacher_model.name_or_path, self.model)
             self.teacher = DeferredTeacher(self.teacher_model, load, label_order=label_orders[0], **options)
@@ -397,7 +435,7 @@ class DistillationTrainer(Trainer):
             for path in layers if model is not None else ():
                 find_module(base_model(model), path.partition(":")[0])
         if isinstance(self.teacher, Teacher):
-            self.teacher.layers = tuple(self.distiller.teacher_layers)
+            self.teacher.watch(self.distiller.teacher_layers)
         trained_teacher = self.teacher_model if self.distiller.trains_teacher else None
         self._module = _DistillationModule(self.model, self.distiller, trained_teacher)
         has_parameters = next(self.distiller.parameters(), None) is not None
@@ -456,6 +494,11 @@ class DistillationTrainer(Trainer):
 
     # Wrapping and optimizer
 
+    def _compile_options(self) -> dict[str, Any] | None:
+        if not self.args.torch_compile:
+            return None
+        return {"backend": self.args.torch_compile_backend, "mode": self.args.torch_compile_mode}
+
     def _wrap_model(self, model, training=True, dataloader=None):
         if not training:
             return self._module
@@ -464,6 +507,8 @@ class DistillationTrainer(Trainer):
         wrapped_before = isinstance(
             self.accelerator.unwrap_model(model, keep_torch_compile=False), _DistillationModule
         )
+        if not wrapped_before and self.args.torch_compile:
+            self._module.compile_terms(**self._compile_options())
         return self.accelerator.prepare(model if wrapped_before else self._module)
 
     @contextmanager
@@ -565,14 +610,23 @@ class DistillationTrainer(Trainer):
         by_sample = super()._get_collator_with_removed_columns(data_collator, description)
         return _Collator(data_collator, by_sample)
 
+    def get_train_dataloader(self):
+        collator = self.data_collator
+        if self.cache is not None:
+            self.data_collator = _KeepingOnHost(collator)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = collator
+
     # Steps
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         batch = self._with_labels(inputs)
         teacher = None if self.teacher is None else self.context.teacher(self._with_view(batch))
-        loss, terms = model(batch, teacher)
+        loss, terms = model({name: column for name, column in batch.items() if isinstance(column, Tensor)}, teacher)
         for name, term in terms.items():
-            self._term_sums[name] = self._term_sums[name] + term if name in self._term_sums else term
+            self._term_sums[name] = self._term_sums.get(name, 0) + term
         self._term_count += 1
         return (loss, terms) if return_outputs else loss
 
@@ -580,7 +634,8 @@ class DistillationTrainer(Trainer):
         """A batch of the training set with what the teacher's cache, where there is one, knows it by."""
         if self.cache is None or "view" in batch:
             return dict(batch)
-        return {**batch, "view": torch.zeros_like(batch["index"])}
+        whole = {**batch, "view": torch.zeros_like(batch["index"])}
+        return {**whole, "host_view": np.zeros_like(batch["host_index"])} if "host_index" in batch else whole
 
     def _with_labels(self, inputs: Mapping[str, Tensor], *, fill: bool = True) -> dict[str, Tensor]:
         """The batch with its labels under that name; unlabelled data gets -100 where ``fill``."""

@@ -13,7 +13,7 @@ class DistillationTrainingArguments(TrainingArguments):
     """``transformers.TrainingArguments`` with what distillation adds; works with ``HfArgumentParser``.
 
     ``logging_nan_inf_filter`` is off here: it costs a device synchronisation a step and hides a diverging loss.
-    Memory is pinned only where there is an accelerator to copy to.
+    Memory is pinned only where there is an accelerator to copy to, and then a step does not wait for the copy.
 
     ``teacher_cache=True`` keeps what the teacher says on disk (:class:`hfkd.cache.TeacherCache`), in ``HFKD_CACHE`` or
     ``~/.cache/hfkd``; a string is the folder to keep it in. Under augmentation the training set must number its views:
@@ -61,6 +61,7 @@ class DistillationTrainingArguments(TrainingArguments):
     def __post_init__(self):
         super().__post_init__()
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
+        self.accelerator_config.non_blocking |= self.dataloader_pin_memory
         defaults = {"distiller_learning_rate": "the method's default", "teacher_learning_rate": "the student's"}
         for name, default in defaults.items():
             rate = getattr(self, name)

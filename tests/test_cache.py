@@ -999,3 +999,49 @@ def test_two_writers_share_one_cache(tmp_path):
         writer.join()
         assert writer.exitcode == 0
     assert kept_and_right(cache, 0.0, 0.25) > 0.9 * ALL
+
+
+# On a device
+
+
+@pytest.mark.parametrize("with_cache", [False, True])
+def test_images_on_the_device_train_to_the_same_student(tmp_path, with_cache):
+    """As on an accelerator, which the CPU stands in for: training, held-out and evaluation set, views and hooks."""
+    runs = []
+    for moved in (False, True):
+        held_out = images(6, pictures=1)
+        trainer = make_trainer(
+            tmp_path / f"{moved}",
+            tiny("cifar"),
+            tiny_teacher("cifar"),
+            KDAIF(warm_up=0.0),
+            Subset(images(16, augment="crop_flip", views=3), range(1, 14)),
+            max_steps=5,
+            per_device_train_batch_size=4,
+            teacher_cache=str(tmp_path / f"cache-{moved}") if with_cache else None,
+            trainer={"held_out_dataset": held_out, "eval_dataset": {"small": images(5, pictures=2)}},
+        )
+        if moved:
+            trainer.args.dataloader_pin_memory = True
+            trainer._move_images(torch.device("cpu"))
+            assert not trainer.args.dataloader_pin_memory
+            for dataset in (trainer.train_dataset.dataset, held_out, trainer.eval_dataset["small"]):
+                assert dataset._on_device is not None
+                dataset._augment_small = None  # not numpy's way
+        trainer.train()
+        runs.append((trainer, trainer.evaluate()["eval_small_loss"]))
+    (here, loss), (there, same_loss) = runs
+    assert_identical(weights(there.model, there.distiller), weights(here.model, here.distiller))
+    assert same_loss == loss
+    if with_cache:
+        assert counts(there) == counts(here)
+
+
+@pytest.mark.parametrize(("workers", "rand_augment"), [(2, None), (0, "rand-m9")])
+def test_images_stay_where_workers_or_the_processor_need_them(tmp_path, workers, rand_augment):
+    dataset = images(augment="flip", rand_augment=rand_augment)
+    trainer = make_trainer(tmp_path, tiny("cifar"), dataset=dataset, dataloader_num_workers=workers)
+    trainer.args.dataloader_pin_memory = True
+    trainer._move_images(torch.device("cpu"))
+    assert dataset._on_device is None
+    assert trainer.args.dataloader_pin_memory

@@ -136,3 +136,12 @@ def test_evaluation_counts_every_labelled_sample_once(two_processes, one_process
         assert result["teacher_accuracy"] == pytest.approx(expected["teacher_accuracy"])
         assert result["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-5)
         torch.testing.assert_close(result["predictions"], expected["predictions"])
+
+
+def test_compiled_two_processes_equal_one_that_is_not(two_processes, one_process):
+    """Compiled inside DDP, as a whole: one graph of the step and one of the teacher."""
+    ranks = two_processes["compiled"]
+    assert [(rank["graphs"], rank["breaks"], rank["is_ddp"]) for rank in ranks] == [(2, 0, True)] * 2
+    assert one_process("compiled")["graphs"] == 0
+    assert_identical(ranks[0]["weights"], ranks[1]["weights"])
+    assert largest_difference(ranks[0]["weights"], one_process("compiled")["weights"]) <= 1e-9

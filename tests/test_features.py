@@ -23,7 +23,7 @@ from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 from hfkd.data import DistillationCollator
 from hfkd.distillers import KD, Combined, Distiller, ModelOutputs, Wrapper
 from hfkd.features import (
-    capture,
+    Capture,
     dataset_features,
     detached,
     find_module,
@@ -82,7 +82,7 @@ def test_inner_outputs_are_captured(family):
 
 def test_hooks_go_when_the_model_fails():
     model = tiny("bert")
-    with pytest.raises(RuntimeError, match="boom"), capture(model, ("classifier", "classifier:input")):
+    with pytest.raises(RuntimeError, match="boom"), Capture(model, ("classifier", "classifier:input")):
         raise RuntimeError("boom")
     assert not model.classifier._forward_hooks
     assert not model.classifier._forward_pre_hooks
@@ -102,9 +102,9 @@ def test_the_first_tensor_of_a_tuple_or_mapping_is_kept():
             return self.inner(x)
 
     model = Outer()
-    with capture(model, ("inner", "")) as features:
+    with Capture(model, ("inner", "")) as capture:
         model(torch.zeros(2))
-    assert features["inner"].tolist() == features[""].tolist() == [1.0, 1.0]
+        assert capture.features["inner"].tolist() == capture.features[""].tolist() == [1.0, 1.0]
 
 
 def test_a_wrong_path_names_what_is_near():

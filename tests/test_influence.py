@@ -18,7 +18,7 @@ from torch.func import functional_call
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
 from hfkd.distillers.kd_aif import _log_weights
-from hfkd.features import capture, select_inputs
+from hfkd.features import run_model, select_inputs
 from hfkd.functional import influence_weights
 from hfkd.influence import (
     directional_derivatives,
@@ -627,10 +627,10 @@ def last_layer(model, batches):
     """Residuals and inputs of the last layer, batch by batch."""
     model.eval()
     for batch in batches():
-        with torch.no_grad(), capture(model, ("linear:input",)) as features:
-            logits = model(batch["pixel_values"]).logits
+        with torch.no_grad():
+            outputs = run_model(model, batch, layers=("linear:input",))
         one_hot = F.one_hot(batch["labels"], 5)
-        yield logits.softmax(-1) - one_hot, features["linear:input"]
+        yield outputs.logits.softmax(-1) - one_hot, outputs.features["linear:input"]
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -766,3 +766,13 @@ def test_a_model_card_takes_what_transformers_takes(tmp_path):
     assert "eval_curve" not in card
     assert "| max_steps | 1 |" in card
     assert "num_train_epochs" not in card
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_batches_travel_from_pinned_memory_without_a_wait(tmp_path, monkeypatch, there):
+    """Where there is an accelerator; a copy that is waited for waits for all that runs before it."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: there)
+    args = DistillationTrainingArguments(str(tmp_path))
+    assert args.dataloader_pin_memory is args.accelerator_config.non_blocking is there
+    unpinned = DistillationTrainingArguments(str(tmp_path), dataloader_pin_memory=False)
+    assert not unpinned.accelerator_config.non_blocking

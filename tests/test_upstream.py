@@ -21,6 +21,7 @@ OVERRIDDEN = {
     "create_optimizer": ["model"],
     "_set_signature_columns_if_needed": [],
     "_get_collator_with_removed_columns": ["data_collator", "description"],
+    "get_train_dataloader": [],
     "compute_loss": ["model", "inputs", "return_outputs", "num_items_in_batch"],
     "prediction_step": ["model", "inputs", "prediction_loss_only", "ignore_keys"],
     "evaluation_loop": ["dataloader", "description", "prediction_loss_only", "ignore_keys", "metric_key_prefix"],

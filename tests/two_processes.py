@@ -27,7 +27,7 @@ from helpers import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
-from hfkd.distillers import AKD, CRD, KD, KDAIF, TTM, Combined, InContextKD, SelfDistillation
+from hfkd.distillers import AKD, CRD, KD, KDAIF, TTM, VID, Combined, InContextKD, SelfDistillation
 
 
 sys.path.append(str(Path(__file__).parent / "distillers"))
@@ -335,6 +335,32 @@ def fully_sharded(folder) -> dict:
     return {"message": ""}
 
 
+def compiled(folder) -> dict:
+    """The step and the teacher, with layers of both looked at and a layer of the method's own."""
+    student, distiller = freeze_batch_norm(tiny("resnet")).double(), VID()
+    trainer = make_trainer(
+        folder,
+        student,
+        tiny_teacher("resnet").double(),
+        distiller,
+        rows("resnet").double(),
+        max_steps=4,
+        learning_rate=0.01,
+        torch_compile=WORLD > 1,
+        torch_compile_backend="aot_eager" if WORLD > 1 else None,
+        **share(),
+    )
+    torch._dynamo.utils.counters.clear()
+    trainer.train()
+    counters = torch._dynamo.utils.counters
+    return {
+        "weights": weights(student, distiller),
+        "graphs": counters["stats"]["unique_graphs"],
+        "breaks": len(counters["graph_break"]),
+        "is_ddp": isinstance(trainer.model_wrapped, DistributedDataParallel),
+    }
+
+
 def term_logs(folder) -> dict:
     """One step of fixed models, no update: what is logged can be computed by hand."""
     distiller = Combined({"kd": KD(alpha=0.5), "ttm": TTM()}, {"ttm": 0.5}, task_from="kd")
@@ -370,6 +396,7 @@ SCENARIOS = {
     "term_logs": term_logs,
     "averages": averages,
     "cached": cached,
+    "compiled": compiled,
     "fully_sharded": fully_sharded,
 }
 

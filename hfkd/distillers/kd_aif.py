@@ -296,6 +296,7 @@ class KDAIF(Wrapper):
         self.register_buffer("sample_index", index, persistent=False)
         self.register_buffer("influence", torch.zeros(len(index)))
         self.register_buffer("weights", torch.ones(len(index)))
+        self.register_buffer("effective_samples", torch.tensor(1.0))
         self.register_buffer("refreshed", torch.tensor(-1))  # the epoch of the latest refresh
         if self.layers == "last":
             self._check_last_layer(context)
@@ -348,9 +349,7 @@ class KDAIF(Wrapper):
         return self.gain * F.cross_entropy(logits, earlier["answers"], reduction="none")
 
     def logged_values(self):
-        # How many samples would weigh as much in equal parts, as a share of all.
-        effective = self.weights.sum() ** 2 / self.weights.square().sum() / len(self.weights)
-        return {**super().logged_values(), "effective_samples": effective}
+        return {**super().logged_values(), "effective_samples": self.effective_samples}
 
     # Refreshing
 
@@ -360,6 +359,7 @@ class KDAIF(Wrapper):
         if is_new and self.refreshed >= 0:  # a second run: those weights were of the first one's student
             self.influence.zero_()
             self.weights.fill_(1)
+            self.effective_samples.fill_(1)
             self.refreshed.fill_(-1)
         if self.refreshed < 0 and (context.epochs - 1) / context.epochs < self.warm_up:
             warnings.warn(
@@ -410,6 +410,8 @@ class KDAIF(Wrapper):
             )
         self.influence.copy_(influence)
         self.weights.copy_(influence_weights(self.influence, weighting=self.weighting, sharpness=self.sharpness))
+        # How many samples would weigh as much in equal parts, as a share of all.
+        self.effective_samples.copy_(self.weights.sum() ** 2 / self.weights.square().sum() / len(self.weights))
         self.refreshed.fill_(context.epoch)
         if context.is_main_process:
             columns = {"index": index, "label": labels, "influence": influence, "weight": self.weights}

@@ -605,3 +605,101 @@ def test_views_that_do_not_fit_are_refused(make_split, processor, options, messa
         ImageDataset(make_split([(32, 32, 3)] * 2), processor, **options)
     with pytest.raises(ValueError, match="there is no view 1"):
         ImageDataset(make_split([(32, 32, 3)] * 2), processor).only_view(1)
+
+
+# On a device
+
+
+def there_and_here(split, processor, **options):
+    """The same data set with its images on a device (here the CPU again) and in numpy."""
+    return [ImageDataset(split, processor, **options).to("cpu"), ImageDataset(split, processor, **options)]
+
+
+@pytest.mark.parametrize("augment", [None, "flip", "crop", "crop_flip"])
+@pytest.mark.parametrize("shape", [(32, 32, 3), (8, 8), (16, 24, 3)], ids=str)
+def test_on_a_device_batches_are_bit_for_bit_the_same(make_split, augment, shape):
+    size = {"height": shape[0], "width": shape[1]}
+    processor = ViTImageProcessor(size=size, image_mean=list(MEAN), image_std=list(STD))
+    teacher = ViTImageProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.3] * 3)
+    split = make_split([shape] * 40)
+    there, here = there_and_here(split, processor, teacher_processor=teacher, augment=augment, seed=5)
+    there._augment_small = None  # numpy's way is not gone
+    rows = np.random.default_rng(0).permutation(40).tolist()
+    for epoch in range(3):
+        there.set_epoch(epoch)
+        here.set_epoch(epoch)
+        batch = there.__getitems__(rows)
+        assert equal(batch, here.__getitems__(rows))
+        assert batch["teacher_pixel_values"].shape == (40, 3, *shape[:2])
+        assert equal(there.without_augmentation().__getitems__(rows), here.without_augmentation().__getitems__(rows))
+
+
+@pytest.mark.parametrize(("augment", "outcomes"), [("crop_flip", 162), ("crop", 81), ("flip", 2)])
+def test_on_a_device_every_view_is_the_same_under_its_number(make_split, processor, augment, outcomes):
+    there, here = there_and_here(make_split([(32, 32, 3)] * 3), processor, augment=augment, views=outcomes)
+    seen = set()
+    for number in range(1, outcomes + 1):
+        one, other = (dataset.only_view(number).__getitems__([2, 0, 1]) for dataset in (there, here))
+        assert equal(one, other)
+        assert one["view"].tolist() == [number] * 3
+        seen.add(one["pixel_values"][0].numpy().tobytes())
+    assert len(seen) == outcomes
+    assert equal(there.__getitems__([0, 1, 2]), here.__getitems__([0, 1, 2]))
+
+
+def test_on_a_device_mixup_and_grey_models_are_the_same(make_split, processor):
+    split = make_split([(32, 32, 3)] * 9)
+    there, here = there_and_here(
+        split, processor, augment="crop_flip", mixup_alpha=0.4, cutmix_alpha=1.0, num_labels=3
+    )
+    assert equal(there.__getitems__(list(range(9))), here.__getitems__(list(range(9))))
+    grey = ViTImageProcessor(size={"height": 32, "width": 32}, image_mean=[0.4], image_std=[0.2])
+    there, here = there_and_here(split, grey, augment="flip")
+    assert there[0]["pixel_values"].shape == (1, 32, 32)
+    assert equal(there[0], here[0])
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_on_a_device_accelerates_loader_gives_the_same(make_split, processor, processes):
+    split = make_split([(32, 32, 3)] * 20)
+    batches = []
+    for dataset in there_and_here(split, processor, augment="crop_flip"):
+        dataset.set_epoch(1)
+        shares = [
+            prepare_data_loader(
+                loader(dataset, 4), num_processes=processes, process_index=rank, device=torch.device("cpu")
+            )
+            for rank in range(processes)
+        ]
+        batches.append([batch for share in shares for batch in share])
+    assert len(batches[0]) >= 5
+    assert all(equal(one, other) for one, other in zip(*batches, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("shape", "size", "options"),
+    [((80, 70, 3), 32, {}), ((32, 32, 3), 64, {}), ((32, 32, 3), 32, {"rand_augment": "rand-m9"})],
+    ids=["large", "resized", "rand_augment"],
+)
+def test_what_would_not_be_the_same_on_a_device_stays(make_split, shape, size, options):
+    processor = ViTImageProcessor(size={"height": size, "width": size})
+    dataset = ImageDataset(make_split([shape] * 2), processor, **options)
+    assert not dataset.can_move
+    with pytest.raises(ValueError, match="not resized and go without RandAugment .*: leave them where they are"):
+        dataset.to("cpu")
+
+
+def test_too_many_images_stay(make_split, processor, monkeypatch):
+    dataset = ImageDataset(make_split([(32, 32, 3)] * 2), processor)
+    assert dataset.can_move
+    monkeypatch.setattr("hfkd.data.image_dataset._LARGEST_ON_DEVICE", dataset.pixels.nbytes - 1)
+    assert not dataset.can_move
+
+
+@pytest.mark.parametrize("shape", [(32, 32, 3), (80, 70, 3)], ids=["small", "large"])
+@pytest.mark.parametrize("augment", [None, "crop_flip"])
+def test_pixels_come_channels_last(make_split, processor, shape, augment):
+    dataset = ImageDataset(make_split([shape] * 4), processor, augment=augment)
+    for each in [dataset, dataset.to("cpu")] if dataset.can_move else [dataset]:
+        pixels = next(iter(loader(each, 4)))["pixel_values"]
+        assert pixels.is_contiguous(memory_format=torch.channels_last)

@@ -5,6 +5,7 @@ what a method learns. BatchNorm is frozen where batches of different sizes are c
 """
 
 import copy
+import traceback
 from dataclasses import replace
 
 import pytest
@@ -16,13 +17,18 @@ from helpers import (
     freeze_batch_norm,
     largest_difference,
     logged,
+    make_trainer,
+    rows,
     tiny,
+    tiny_teacher,
     weights,
 )
 from peft import LoraConfig, get_peft_model
 from test_contract import METHODS, NAMES, build, build_double
+from torch.overrides import TorchFunctionMode
 from transformers import TrainerCallback
 
+from hfkd.distillers import KD, HiddenStates
 from hfkd.features import base_model, run_model
 from hfkd.trainer import DISTILLER_NAME
 
@@ -256,6 +262,96 @@ def test_an_adapted_student_learns_and_resumes(tmp_path, method, arguments):
     assert base_model(whole.model) is not whole.model
 
 
+# Waiting for the device
+
+
+class Waits(TorchFunctionMode):
+    """Notes what would wait for a device, if there were one, where our code asks for it.
+
+    Upstream's is not ours to avoid: transformers looks whether a mask is all ones unless it is compiled.
+    """
+
+    METHODS = "item tolist cpu numpy nonzero unique masked_select __bool__ __int__ __float__ __index__ equal allclose"
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.calls = [], 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.calls += 1
+        name = getattr(func, "__name__", "")
+        index = args[1] if name in ("__getitem__", "__setitem__") else ()
+        masks = [part for part in (index if isinstance(index, tuple) else (index,)) if isinstance(part, torch.Tensor)]
+        if name in self.METHODS.split() or any(mask.dtype == torch.bool for mask in masks):
+            stack = [frame for frame in traceback.extract_stack()[:-1] if "/torch/" not in frame.filename]
+            if not any(f"/{package}/" in stack[-1].filename for package in ("transformers", "accelerate", "timm")):
+                self.seen.append(f"{name} at {stack[-1].filename}:{stack[-1].lineno}")
+        return func(*args, **(kwargs or {}))
+
+
+def waits_in_two_steps(trainer):
+    """Of forward and backward, and of what the method does at their end; of a long run, where nothing is due then."""
+    waits = Waits()
+    training_step, on_step_end = trainer.training_step, trainer.distiller.on_step_end
+
+    def watched(function):
+        def run(*args, **kwargs):
+            with waits:
+                return function(*args, **kwargs)
+
+        return run
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 2
+
+    trainer.training_step, trainer.distiller.on_step_end = watched(training_step), watched(on_step_end)
+    trainer.add_callback(Stop())
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert waits.calls > 100
+    return waits.seen
+
+
+@every_method
+def test_no_step_waits_for_the_device(tmp_path, method, arguments):
+    _, trainer = build(tmp_path, method, arguments, max_steps=100, logging_steps=100)
+    assert waits_in_two_steps(trainer) == []
+
+
+@pytest.mark.parametrize("family", ["bert", "cifar"])
+def test_no_step_waits_for_the_device_to_read_the_cache(tmp_path, family):
+    trainer = make_trainer(
+        tmp_path / "run",
+        tiny(family),
+        tiny_teacher(family),
+        KD(),
+        rows(family),
+        max_steps=100,
+        logging_steps=100,
+        teacher_cache=str(tmp_path / "cache"),
+    )
+    trainer.warm_teacher_cache()
+    asked = trainer.cache.misses
+    assert waits_in_two_steps(trainer) == []
+    assert (trainer.cache.hits, trainer.cache.misses) == (16, asked)
+
+
+def test_what_would_wait_is_noticed(tmp_path):
+    class Curious(KD):
+        def forward(self, student, teacher, batch):
+            some = student.logits[batch["labels"] > 1].mean()
+            return {**super().forward(student, teacher, batch), "some": some if some.isfinite() else 0 * some}
+
+        def on_step_end(self, context):
+            self.rows = context.gather(torch.ones(2)).cpu()
+
+    trainer = make_trainer(tmp_path, tiny("bert"), tiny_teacher("bert"), Curious(), rows("bert"), max_steps=100)
+    waits = waits_in_two_steps(trainer)
+    assert [wait.split()[0] for wait in waits] == 2 * ["__getitem__", "__bool__", "cpu"]
+    assert all(wait.partition(":")[0].endswith("test_under_conditions.py") for wait in waits)
+
+
 # torch.compile
 
 
@@ -279,12 +375,13 @@ def test_compiled_it_learns_the_same_and_its_checkpoint_is_anybodys(tmp_path, me
 
     plain = make()
     plain.train()
-    graphs = torch._dynamo.utils.counters["stats"]
-    graphs.clear()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
     compiled = make(torch_compile=True, torch_compile_backend="aot_eager")
     compiled.train()
-    assert isinstance(compiled.model_wrapped, torch._dynamo.eval_frame.OptimizedModule)
-    assert graphs["unique_graphs"] > 0
+    frozen_teacher = compiled.teacher is not None
+    assert counters["stats"]["unique_graphs"] == (2 if frozen_teacher else 1)
+    assert not counters["graph_break"]
     assert logged(compiled, "loss") == pytest.approx(logged(plain, "loss"), rel=1e-5)
     for part in (compiled.model, compiled.distiller):
         assert not [name for name in part.state_dict() if "_orig_mod" in name]
@@ -295,3 +392,42 @@ def test_compiled_it_learns_the_same_and_its_checkpoint_is_anybodys(tmp_path, me
     resumed = make()
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert largest_difference(everything(resumed), everything(compiled)) <= 1e-5
+
+
+def lengths(n, *, longest):
+    """Texts in an order in which each batch of four has another length, the last one being ragged too."""
+    dataset = rows("bert", n, length=longest)
+    start = torch.arange(n) // 4 + 3
+    mask = (torch.arange(longest) < start[:, None]).long()
+    columns = ("input_ids", "attention_mask", "token_type_ids")
+    full = dict(dataset.columns, input_ids=torch.randint(1, 60, (n, longest)))
+    return dataset.with_columns(**{name: full[name] * mask for name in columns[:1] + columns[2:]}, attention_mask=mask)
+
+
+@pytest.mark.parametrize("ensemble", [False, True])
+def test_other_lengths_and_a_ragged_batch_are_compiled_for_once(tmp_path, ensemble):
+    """A first shape, then one graph for any other: of the step, and of each teacher, also where it is scored."""
+    torch._dynamo.reset()
+    dataset = lengths(30, longest=12)
+    teachers = [tiny_teacher("bert", seed=seed) for seed in ((1, 2, 3) if ensemble else (1,))]
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    trainer = make_trainer(
+        tmp_path,
+        tiny("bert"),
+        teachers if ensemble else teachers[0],
+        HiddenStates() if not ensemble else KD(),
+        dataset,
+        max_steps=24,
+        per_device_train_batch_size=4,
+        train_sampling_strategy="sequential",
+        torch_compile=True,
+        torch_compile_backend="aot_eager",
+    )
+    trainer.train()
+    # A length, then any length, then any number of samples too.
+    assert counters["stats"]["unique_graphs"] <= 3 * (1 + len(teachers))
+    assert not counters["graph_break"]
+    compiled = dict(counters["stats"])
+    trainer.evaluate_teacher(lengths(22, longest=12))
+    assert counters["stats"]["unique_graphs"] == compiled["unique_graphs"]
