@@ -37,11 +37,18 @@ import torch
 import torch.nn.functional as F
 from method_cost import processor
 from torch.func import functional_call, grad, vmap
-from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, PrinterCallback, TrainerCallback
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    PrinterCallback,
+    TrainerCallback,
+    default_data_collator,
+)
 from transformers.utils import logging
 
 from hfkd import DistillationTrainer, DistillationTrainingArguments
-from hfkd.data import ImageDataset, load_image_data, load_text_data, processor_for, tokenize
+from hfkd.data import DistillationCollator, ImageDataset, load_image_data, load_text_data, processor_for, tokenize
 from hfkd.distillers import KDAIF
 from hfkd.features import use_channels_last
 from hfkd.influence import directional_derivatives, forward_mode_ready
@@ -81,18 +88,19 @@ def random_images(size: int) -> datasets.Dataset:
 
 
 def images(size: int):
-    """ResNet-20 and all its images."""
+    """ResNet-20, its images and how to collate them."""
     student = load_model(WEIGHTS) if WEIGHTS.is_file() else load_model("resnet20", num_labels=10)
     if (DATA / "cifar10").is_dir():
         split = load_image_data("cifar10", data_dir=DATA / "cifar10", validation_fraction=0.0).train
         split = split.select(range(size))
     else:
         split = random_images(size)
-    return student, lambda rows: ImageDataset(with_answers(split.select(rows), 10), processor_for(student))
+    return student, lambda rows: ImageDataset(with_answers(split.select(rows), 10), processor_for(student)), None
 
 
 def text(size: int):
-    """A 6-layer BERT and all its sentences."""
+    """A 6-layer BERT, its sentences and how to collate them."""
+    collate = default_data_collator
     if SPEC is None:
         config = BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
         student = BertForSequenceClassification(config)
@@ -100,13 +108,18 @@ def text(size: int):
         student = load_model(Path(SPEC.origin).parent / "model", task="text-classification", num_labels=2)
     if SPEC is not None and (DATA / "glue" / "mrpc").is_dir():
         data = load_text_data("mrpc", data_dir=DATA / "glue" / "mrpc", max_train_samples=size)
-        split = tokenize(data, AutoTokenizer.from_pretrained(Path(SPEC.origin).parent / "model")).train
+        tokenizer = AutoTokenizer.from_pretrained(Path(SPEC.origin).parent / "model")
+        split, collate = tokenize(data, tokenizer).train, DistillationCollator(tokenizer)
     else:
         generator = np.random.default_rng(0)
-        tokens = [generator.integers(1000, 30000, length).tolist() for length in generator.integers(30, 80, size)]
-        columns = {"input_ids": tokens, "attention_mask": [[1] * len(row) for row in tokens]}
-        split = datasets.Dataset.from_dict({**columns, "labels": np.arange(size) % 2, "index": np.arange(size)})
-    return student, lambda rows: with_answers(split.select(rows), 2)
+        columns = {
+            "input_ids": generator.integers(1000, 30000, (size, 64)),
+            "attention_mask": np.ones((size, 64), dtype=np.int64),
+            "labels": np.arange(size) % 2,
+            "index": np.arange(size),
+        }
+        split = datasets.Dataset.from_dict(columns)
+    return student, lambda rows: with_answers(split.select(rows), 2), collate
 
 
 class Timed(KDAIF):
@@ -123,7 +136,7 @@ def make_trainer(
 ) -> DistillationTrainer:
     """A trainer on ``size`` rows, of which ``held_out`` are held out."""
     torch.manual_seed(0)
-    student, part = {"images": images, "text": text}[kind](size)
+    student, part, collate = {"images": images, "text": text}[kind](size)
     optimizer = {"optim": "sgd", "optim_args": "momentum=0.9"} if kind == "images" else {}
     settings = {"per_device_train_batch_size": BATCH[kind], "per_device_eval_batch_size": BATCH[kind], **arguments}
     trainer = DistillationTrainer(
@@ -141,6 +154,7 @@ def make_trainer(
             **optimizer,
             **settings,
         ),
+        data_collator=collate,
         train_dataset=part(range(held_out, size)),
         held_out_dataset=part(range(held_out)),
     )
@@ -208,7 +222,7 @@ def refreshes_over_evaluation(kind: str, size: int, rounds: int) -> dict[str, di
 
 def with_per_sample_gradients(size: int, rounds: int) -> dict[str, dict]:
     """How much faster one forward-mode pass is than gradients sample by sample, on ResNet-20."""
-    student, part = images(size)
+    student, part, _ = images(size)
     use_channels_last(student).eval()
     columns = part(range(size)).__getitems__(list(range(size)))
     batches = [
