@@ -74,12 +74,13 @@ def test_refreshes_are_measured_against_an_evaluation_pass(influence):
         assert row["value"] == row["low"] == row["high"] > 0
 
 
-def test_per_sample_gradients_are_the_same_three_ways(influence):
+def test_per_sample_gradients_are_the_same_all_ways(influence):
     """The benchmark compares what they find before it measures."""
     found = influence.with_per_sample_gradients(6, 1)
     assert {name: row["target"] for name, row in found.items()} == {
         "per-sample backward loop / forward-mode pass, ResNet-20": ">= 4",
         "vmap(grad) at batch 64 / forward-mode pass, ResNet-20": ">= 2",
+        "vmap(grad) on the trainer's channels-last weights / forward-mode pass, ResNet-20": None,
     }
 
 
