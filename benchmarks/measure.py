@@ -86,15 +86,15 @@ class PeakMemory:
         return 1024 * int(re.search(r"RssAnon:\s+(\d+)", status).group(1))
 
 
-def in_a_process(script: Path, *words: str) -> float:
-    """The number that a script prints in its last line, in a process of its own."""
+def run_script(script: Path, *words: str) -> str:
+    """The last line that a script prints, run in a process of its own."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     done = subprocess.run(
         [sys.executable, str(script), *words], env=environment, capture_output=True, text=True, check=False
     )
     if done.returncode:
         raise RuntimeError(f"{script.name} {' '.join(words)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
-    return float(done.stdout.split()[-1])
+    return done.stdout.splitlines()[-1]
 
 
 def machine() -> str:

@@ -28,13 +28,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import cases
-import influence
 import numpy as np
 import opponents
-import retrieval
 import torch
 from cases import DATA, TEXT, Epochs, FixedBatches, image_models, image_set, images, text_models_and_data
-from measure import in_a_process, interleave, machine, misses, ratio, seconds_of
+from measure import interleave, machine, misses, ratio, run_script, seconds_of
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from transformers.utils import logging
@@ -240,12 +238,19 @@ class Benchmark:
         self.ratios["logging on / off, 10 terms"] = ratio(seconds["on"], seconds["off"], "<= 1.01")
 
     def measure_influence(self) -> None:
-        """Refreshes of KD-AIF's weights."""
-        self.ratios.update(influence.ratios(self.size is QUICK))
+        """Refreshes of KD-AIF's weights; in CPU seconds of one thread."""
+        self._with_script("influence.py")
 
     def measure_retrieval(self) -> None:
-        """IC-KD's bank and neighbours."""
-        self.ratios.update(retrieval.ratios(self.size is QUICK))
+        """IC-KD's bank and neighbours; likewise."""
+        self._with_script("retrieval.py")
+
+    def _with_script(self, script: str) -> None:
+        output = self.folder / "script.json"
+        quick = ["--quick"] if self.size is QUICK else []
+        run_script(HERE / script, *quick, "--output", str(output))
+        found = json.loads(output.read_text())["ratios"]
+        self.ratios.update({name: record for name, record in found.items() if record["target"]})
 
     @contextlib.contextmanager
     def _unless_missing(self, what: str):

@@ -267,9 +267,7 @@ class TeacherCache:
             start = time.perf_counter()
             arrays[_LOGITS] = self.top.unpack(arrays[_LOGITS])
             self.store_seconds += time.perf_counter() - start
-        tensors = {
-            layer: torch.from_numpy(values).to(device, non_blocking=True) for layer, values in arrays.items()
-        }
+        tensors = {layer: torch.from_numpy(values).to(device, non_blocking=True) for layer, values in arrays.items()}
         return ModelOutputs(tensors.pop(_LOGITS), features=tensors)
 
     def _arrays(self) -> list[tuple[str, _Rows]]:

@@ -95,6 +95,11 @@ class DistillationContext:
         return self._trainer.args.train_batch_size
 
     @property
+    def eval_batch_size(self) -> int:
+        """Samples of a batch of evaluation on this process."""
+        return self._trainer.args.eval_batch_size
+
+    @property
     def output_dir(self) -> str:
         """The run's folder."""
         return self._trainer.args.output_dir
@@ -128,8 +133,10 @@ class DistillationContext:
         parts = accelerator.gather(torch.cat([tensor, padding])).chunk(len(sizes))
         return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
-    def batches(self, dataset: Dataset) -> Iterator[dict[str, Tensor]]:
+    def batches(self, dataset: Dataset, batch_size: int | None = None) -> Iterator[dict[str, Tensor]]:
         """This process's share of a dataset, un-augmented, collated as in training and on the device.
+
+        A batch has as many samples as one of evaluation, or ``batch_size``.
 
         Un-augmented is what a dataset's ``without_augmentation()`` returns; of one without it, such as a
         ``datasets.Dataset`` with a random transform, the rows come as in training.
@@ -140,7 +147,7 @@ class DistillationContext:
         plain = self._plain(dataset)
         accelerator = self._trainer.accelerator
         share = range(accelerator.process_index, len(plain), self.processes)
-        for batch in self.loader(Subset(plain, share), self._trainer.args.eval_batch_size):
+        for batch in self.loader(Subset(plain, share), batch_size or self.eval_batch_size):
             yield self._prepared(batch, dataset)
 
     def take(self, dataset: Dataset, rows: Sequence[int]) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ arXiv 1703.04730.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import tempfile
 import traceback
@@ -25,7 +26,9 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
@@ -122,6 +125,10 @@ def _norm(vector: Vector) -> float:
     return math.sqrt(sum(tensor.square().sum().item() for tensor in vector.values()))
 
 
+def _distance(one: Vector, other: Vector) -> float:
+    return math.sqrt(sum((tensor - other[name]).square().sum().item() for name, tensor in one.items()))
+
+
 def mean_gradient(
     loss: SampleLoss, parameters: Vector, batches: Batches, *, reduce: Callable[[Tensor], Tensor] = _identity
 ) -> Vector:
@@ -163,6 +170,30 @@ def mean_gradient(
     return {name: reduce(gradient) / count for name, gradient in total.items()}
 
 
+class _FastBatchNorm(TorchFunctionMode):
+    """Batch normalisation in evaluation mode: two passes over the tangent, of which PyTorch's formula makes seven."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        function = self._batch_norm if function is F.batch_norm else function
+        return function(*args, **(kwargs or {}))
+
+    @staticmethod
+    def _batch_norm(
+        input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
+    ) -> Tensor:
+        duals = [forward_ad.unpack_dual(tensor) for tensor in (input, weight, bias) if tensor is not None]
+        if training or len(duals) < 3 or any(dual.tangent is None for dual in duals):
+            return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        (values, along), (weight, slope), (bias, shift) = duals
+        slope = slope * (running_var + eps).rsqrt()
+        normalised = F.batch_norm(values, running_mean, running_var, weight, bias, eps=eps)
+        # scale · x' + (slope · x + shift - slope · mean), all but the product with x by the fused kernel.
+        shift = shift - slope * running_mean
+        tangent = F.batch_norm(along, torch.zeros_like(running_mean), running_var, weight, shift, eps=eps)
+        tangent.addcmul_(values, slope.view(-1, *[1] * (values.ndim - 2)))
+        return forward_ad.make_dual(normalised, tangent)
+
+
 @torch.no_grad()
 def directional_derivatives(loss: SampleLoss, parameters: Vector, batches: Batches, direction: Vector) -> Tensor:
     """How each sample's loss changes along a direction: ⟨g_i, direction⟩, by one forward-mode pass.
@@ -188,20 +219,30 @@ def directional_derivatives(loss: SampleLoss, parameters: Vector, batches: Batch
     first = next(iter(parameters.values()))
     derivatives = [first.new_zeros(0)]
     for batch in batches():
-        with autocast_off(first.device), _explained():
-            along = torch.func.jvp(lambda p, batch=batch: _losses(loss, p, batch), (parameters,), (direction,))[1]
-        derivatives.append(along)
+        with autocast_off(first.device), _explained(), forward_ad.dual_level(), _FastBatchNorm():
+            duals = {name: forward_ad.make_dual(parameters[name], direction[name]) for name in parameters}
+            losses, along = forward_ad.unpack_dual(_losses(loss, duals, batch))
+        derivatives.append(torch.zeros_like(losses) if along is None else along)
     return torch.cat(derivatives)
 
 
 class _MiniBatches:
     """Mini-batch after mini-batch without end, each of all processes together.
 
-    Processes that have no more batches than others sit out the rest of a pass.
+    A mini-batch is ``group`` batches of each process. Processes that have no more batches than others sit out the rest
+    of a pass.
     """
 
-    def __init__(self, loss: SampleLoss, parameters: Vector, batches: Batches, reduce: Callable[[Tensor], Tensor]):
-        self.loss, self.parameters, self.batches, self.reduce = loss, _leaves(parameters), batches, reduce
+    def __init__(
+        self,
+        loss: SampleLoss,
+        parameters: Vector,
+        batches: Batches,
+        reduce: Callable[[Tensor], Tensor],
+        group: int,
+    ):
+        self.loss, self.parameters, self.batches = loss, _leaves(parameters), batches
+        self.reduce, self.group = reduce, group
         self.device = _device(parameters)
         self.remaining: Iterator[Batch] = iter(())
 
@@ -215,26 +256,30 @@ class _MiniBatches:
         return True
 
     def _next(self) -> int:
-        self.batch = next(self.remaining, None)
-        return self.reduce(torch.tensor(int(self.batch is not None), device=self.device)).item()
+        self.members = list(itertools.islice(self.remaining, self.group))
+        return self.reduce(torch.tensor(len(self.members), device=self.device)).item()
 
     def hessian_times(self, vector: Vector) -> tuple[Vector, int]:
         """The product with the Hessian of the mini-batch's mean loss, and the number of its samples."""
-        product, size = (_zeros(vector), 0) if self.batch is None else self._own_product(vector)
+        product, size = _zeros(vector), 0
+        for batch in self.members:
+            size += self._add_product(product, vector, batch)
         size = self.reduce(torch.tensor(size, device=self.device)).item()
-        return {name: self.reduce(tensor) / size for name, tensor in product.items()}, size
+        return {name: self.reduce(tensor).div_(size) for name, tensor in product.items()}, size
 
-    def _own_product(self, vector: Vector) -> tuple[Vector, int]:
+    def _add_product(self, total: Vector, vector: Vector, batch: Batch) -> int:
         # Twice in reverse: more operations have it than forward mode over reverse, and on a CPU it is faster.
         with torch.enable_grad(), autocast_off(self.device), _explained():
             leaves = tuple(self.parameters.values())
-            losses = _losses(self.loss, self.parameters, self.batch)
+            losses = _losses(self.loss, self.parameters, batch)
             gradients = torch.autograd.grad(losses.sum(), leaves, create_graph=True, materialize_grads=True)
             along = sum((gradient * vector[name]).sum() for name, gradient in zip(vector, gradients, strict=True))
-            if not along.requires_grad:  # a loss that is linear in the parameters
-                return _zeros(vector), len(losses)
-            products = torch.autograd.grad(along, leaves, materialize_grads=True)
-        return dict(zip(vector, products, strict=True)), len(losses)
+            del gradients  # as large as the model
+            if along.requires_grad:  # not so where a loss is linear in the parameters
+                products = torch.autograd.grad(along, leaves, materialize_grads=True)
+                for name, product in zip(vector, products, strict=True):
+                    total[name] += product
+        return len(losses)
 
 
 def _largest_curvature(mini_batches: _MiniBatches, vector: Vector, iterations: int = 20) -> float:
@@ -262,6 +307,7 @@ def inverse_hessian_product(
     damping: float,
     scale: float | None = None,
     iterations: int,
+    group: int = 1,
     reduce: Callable[[Tensor], Tensor] = _identity,
 ) -> Vector:
     r"""(H + δI)⁻¹ v with H the Hessian of the mean loss, by LiSSA: one Hessian-vector product a mini-batch.
@@ -270,18 +316,22 @@ def inverse_hessian_product(
 
     over the mini-batches b in turn, from u = 0. A smaller batch takes a step in proportion to its size, so that each
     sample counts the same. With one batch the limit is exact; with several the mean of u over the last complete pass
-    is returned, which is off by an error in proportion to 1/s. Run it inside :func:`forward_mode_ready`. A step takes
-    about twice the memory of a training step on the same batch.
+    is returned, which is off by an error in proportion to 1/s. Run it inside :func:`forward_mode_ready`.
+
+    A step keeps up to three times as much for its backward passes as a training step on the same batch, and some six
+    vectors as long as the parameters; small batches in groups bound the former.
 
     Args:
         loss: Losses of a batch, one a sample.
         parameters: Where the Hessian is taken.
-        batches: This process's share of the data, in the same batches at every pass; a step takes one of each process.
+        batches: This process's share of the data, in the same batches at every pass.
         vector: What to multiply, alike on all processes.
         damping: δ, not negative. A network's Hessian has negative eigenvalues, which it must outweigh.
         scale: s; the steps contract where it exceeds half the largest eigenvalue of every H_b + δI. None is 1.5 times
             the largest that 20 power iterations meet.
-        iterations: How many mini-batches. The error falls as exp(-iterations · λ/s) along an eigenvalue λ of H + δI.
+        iterations: How many mini-batches at most: a last pass that they would not complete is left out. The error
+            falls as exp(-iterations · λ/s) along an eigenvalue λ of H + δI.
+        group: How many batches of each process make a mini-batch. Only one is in work at a time.
         reduce: Sums a tensor over the processes.
 
     Returns:
@@ -301,23 +351,26 @@ def inverse_hessian_product(
         raise ValueError(f"damping must not be negative, got {damping}: 0 inverts the Hessian as it is")
     if scale is not None and not 0 < scale < math.inf:
         raise ValueError(f"scale must be positive, got {scale}: None chooses one by power iterations")
-    if iterations < 1:
-        raise ValueError(f"iterations must be at least 1, got {iterations}")
+    for name, number in (("iterations", iterations), ("group", group)):
+        if number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number}")
     vector = {name: vector[name].to(parameter) for name, parameter in parameters.items()}
     if scale is None:
-        scale = 1.5 * (_largest_curvature(_MiniBatches(loss, parameters, batches, reduce), vector) + damping) or 1.0
+        scale = (
+            1.5 * (_largest_curvature(_MiniBatches(loss, parameters, batches, reduce, group), vector) + damping) or 1.0
+        )
     norm = _norm(vector)
     if not norm:
         return vector
 
-    mini_batches = _MiniBatches(loss, parameters, batches, reduce)
-    estimate = start = mean = _zeros(vector)
-    passes, largest, weight, residual = 0, 0, 0.0, 1.0
+    mini_batches = _MiniBatches(loss, parameters, batches, reduce, group)
+    estimate, start, mean = _zeros(vector), _zeros(vector), _zeros(vector)
+    passes, steps_per_pass, largest, weight, residual = 0, 0, 0, 0.0, 1.0
     for step in range(iterations + 1):
         complete = mini_batches.advance() and step > 0
         if complete or (step == iterations and not passes):
             # The steps of a pass sum to its residual. While every step contracts, it cannot grow from pass to pass.
-            moved = _norm({name: estimate[name] - start[name] for name in start})
+            moved = _distance(estimate, start)
             last, residual = residual, scale * moved / (weight * norm)
             if not residual <= 1.01 * max(last, CONVERGED):
                 raise RuntimeError(
@@ -326,19 +379,21 @@ def inverse_hessian_product(
                     f"Raise scale (now {scale:.3g}) or damping (now {damping:.3g})"
                 )
             passes += complete
-            result = mean if passes > 1 else estimate
-            start, weight = estimate, 0.0
-        if step == iterations:
-            break
+            steps_per_pass = steps_per_pass or step
+            if step + steps_per_pass > iterations:
+                break
+            for name, tensor in start.items():
+                tensor.copy_(estimate[name])
+            weight = 0.0
         product, size = mini_batches.hessian_times(estimate)
         largest = max(largest, size)
         share = size / largest
-        estimate = {
-            name: tensor + share / scale * (vector[name] - product[name] - damping * tensor)
-            for name, tensor in estimate.items()
-        }
         weight += share
-        mean = {name: mean[name].lerp(estimate[name], share / weight) for name in mean}
+        for name, tensor in product.items():
+            tensor.add_(estimate[name], alpha=damping).sub_(vector[name])
+            estimate[name].sub_(tensor, alpha=share / scale)
+            mean[name].lerp_(estimate[name], share / weight)
+        del product, tensor  # as large as the model, and so is the next one
     if residual > CONVERGED:
         warnings.warn(
             f"LiSSA has not converged: {residual:.1%} of the vector is left after {iterations} iterations. "
@@ -346,7 +401,7 @@ def inverse_hessian_product(
             RuntimeWarning,
             stacklevel=3,
         )
-    return result
+    return mean if passes > 1 else estimate
 
 
 def _with_one(features: Tensor) -> Tensor:

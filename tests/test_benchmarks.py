@@ -20,12 +20,32 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
-def method_cost(monkeypatch):
+def benchmark(monkeypatch):
+    """The module of that name, forgotten again with all that it imported."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    verbosity = logging.get_verbosity()
-    yield importlib.import_module("method_cost")
+    verbosity, threads = logging.get_verbosity(), torch.get_num_threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))
+    before = set(sys.modules)
+    yield importlib.import_module
     logging.set_verbosity(verbosity)
-    sys.modules.pop("method_cost", None)
+    torch.set_num_threads(threads)
+    for name in {path.stem for path in (ROOT / "benchmarks").glob("*.py")} - before:
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def method_cost(benchmark):
+    return benchmark("method_cost")
+
+
+@pytest.fixture
+def influence(benchmark):
+    return benchmark("influence")
+
+
+@pytest.fixture
+def retrieval(benchmark):
+    return benchmark("retrieval")
 
 
 def test_what_methods_cost_is_measured_against_kd_and_the_student_alone(method_cost, tmp_path, capsys):
@@ -51,20 +71,6 @@ def test_what_compares_tokens_is_measured_on_text(method_cost):
     kinds = {method: method_cost.kind_of(method) for method in method_cost.METHODS}
     text = {method for method, kind in kinds.items() if kind == "text"}
     assert text == {"HiddenStates()", "HiddenStates('cosine')", "AttentionMaps()", "AttentionMaps('kl')"}
-
-
-@pytest.fixture
-def benchmark(monkeypatch):
-    """The module of that name, forgotten again with all that it imported."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    verbosity, threads = logging.get_verbosity(), torch.get_num_threads()
-    monkeypatch.setenv("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))
-    before = set(sys.modules)
-    yield importlib.import_module
-    logging.set_verbosity(verbosity)
-    torch.set_num_threads(threads)
-    for name in {path.stem for path in (ROOT / "benchmarks").glob("*.py")} - before:
-        sys.modules.pop(name, None)
 
 
 def test_a_round_has_everybody_and_ratios_have_quartiles(benchmark):
@@ -184,3 +190,110 @@ def test_epochs_stand_beside_the_floor(benchmark, tmp_path, monkeypatch):
     online, alone = record["online, batch 8"], record["student alone, batch 8"]
     assert online["floor_seconds"] > alone["floor_seconds"] > 0
     assert online["minutes_for_240"] == pytest.approx(4 * online["seconds"])
+
+
+def test_refreshes_are_measured_against_an_evaluation_pass(influence):
+    found = influence.refreshes_over_evaluation("images", 30, 1)
+    layers = ("last layer", "last layer, first order", "all parameters")
+    assert list(found) == [f"KDAIF refresh, {name} / evaluation pass, ResNet-20" for name in layers]
+    assert [row["target"] for row in found.values()] == ["<= 1.3", "<= 1.3", "<= 4"]
+    for row in found.values():
+        assert row["runs"] == 1
+        assert row["value"] == row["low"] == row["high"] > 0
+
+
+def test_per_sample_gradients_are_the_same_all_ways(influence):
+    """The benchmark compares what they find before it measures."""
+    found = influence.with_per_sample_gradients(6, 1)
+    assert {name: row["target"] for name, row in found.items()} == {
+        "per-sample backward loop / forward-mode pass, ResNet-20": ">= 4",
+        "vmap(grad) at batch 64 / forward-mode pass, ResNet-20": ">= 2",
+        "vmap(grad) on the trainer's channels-last weights / forward-mode pass, ResNet-20": None,
+    }
+
+
+def test_a_run_is_watched_from_its_first_step(influence):
+    found = influence.watched_run("images", "all parameters", 4, 4, 12)
+    assert 0 < found["base"] <= found["peak"]
+
+
+def test_memory_is_compared_round_by_round(influence, monkeypatch):
+    peaks = iter(range(1, 100))
+
+    def in_a_child(script, kind, refresh, *sizes):
+        assert (kind, sizes) == ("images", (4, 8, 24))
+        return {"base": 100, "peak": 100 + (50 if refresh == "none" else 50 * next(peaks))}
+
+    monkeypatch.setattr(influence, "in_a_child", in_a_child)
+    found = influence.memory_of_refreshes("images", 4, 8, 1)
+    grown = sorted(row["value"] for name, row in found.items() if name.startswith("its growth"))
+    whole = sorted(row["value"] for name, row in found.items() if name.startswith("peak memory"))
+    assert grown == [1, 2, 3, 4]
+    assert whole == pytest.approx([1, 200 / 150, 250 / 150, 300 / 150])
+
+
+def test_an_entry_has_median_and_quartiles(influence):
+    expected = {"value": 3.0, "low": 2.0, "high": 4.0, "target": ">= 2", "runs": 5}
+    assert influence.entry([5.0, 1.0, 3.0, 2.0, 4.0], ">= 2") == expected
+    assert influence.entry([7.0], None) == {"value": 7.0, "low": 7.0, "high": 7.0, "target": None, "runs": 1}
+
+
+def test_cases_run_in_rounds_of_which_the_first_does_not_count(influence):
+    calls = []
+
+    def case(name):
+        return lambda: calls.append(name) or len(calls)
+
+    seconds = influence.interleaved({"a": case("a"), "b": case("b")}, 2)
+    assert sorted(seconds["a"] + seconds["b"]) == [3, 4, 5, 6]
+    assert all(sorted(calls[i : i + 2]) == ["a", "b"] for i in (0, 2, 4))
+
+
+def test_influence_writes_its_record(influence, tmp_path, monkeypatch, capsys):
+    row = {"a / b": influence.entry([0.5], "<= 1")}
+    monkeypatch.setattr(influence, "ratios", lambda quick: row if quick else {})
+    written = influence.main(["--quick", "--output", str(tmp_path / "made" / "record.json")])
+    assert json.loads((tmp_path / "made" / "record.json").read_text()) == written
+    assert written["ratios"] == row
+    assert "torch" in written["machine"]
+    assert "| a / b | 0.5 | 0.5–0.5 | <= 1 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("what", ["bank", "exact", "faiss"])
+def test_retrieval_is_measured(retrieval, what):
+    found = retrieval.measured(what, 300, 100)
+    assert len(found["seconds"]) == (1 if what == "bank" else 2)
+    assert min(found["seconds"]) > 0
+    if what == "faiss":
+        assert found["found"] == 1  # so few rows are searched exactly
+
+
+def test_the_time_of_all_rows_is_extrapolated_from_some(retrieval):
+    assert retrieval.for_all([3.0, 4.0], 10, 100) == pytest.approx(22.0)  # 2 for the whole, and 0.2 for each of 100
+
+
+def test_the_curve_is_a_table(retrieval, monkeypatch, tmp_path, capsys):
+    exact, faiss = {"seconds": [3.0, 4.0], "bytes": 2**30}, {"seconds": [0.5, 0.6], "bytes": 2**20, "found": 0.975}
+    monkeypatch.setattr(retrieval, "in_a_child", lambda script, index, *sizes: exact if index == "exact" else faiss)
+    words = ["--curve", "5000", "--queries", "10", "--output", str(tmp_path / "curve.json")]
+    rows = retrieval.main(words)["curve"]
+    assert [row["all_seconds"] for row in rows] == pytest.approx([1002.0, 100.4])
+    printed = capsys.readouterr().out
+    assert "| 5,000 | exact | 10 | 200.00 | 17 min | 1,024 | all |" in printed
+    assert "| 5,000 | faiss | 10 | 20.00 | 100 s | 1 | 97.5% |" in printed
+
+
+def test_banks_and_steps_have_targets(retrieval, monkeypatch):
+    monkeypatch.setattr(retrieval, "in_a_child", lambda *words: {"seconds": [20.0], "bytes": 2**29})
+    monkeypatch.setattr(
+        retrieval.method_cost,
+        "run",
+        lambda *_: [{"method": "InContextKD()", "ratio": [0.9, 1.0, 1.1]}, {"method": ""}],
+    )
+    found = retrieval.ratios()
+    assert {name: (row["value"], row["target"]) for name, row in found.items()} == {
+        "bank and neighbours of 50,000 x 256, CPU seconds": (20.0, "<= 60"),
+        "bank and neighbours of 50,000 x 256, GiB": (0.5, "<= 2"),
+        "InContextKD step / KD step, resnet56 to resnet20": (1.0, "<= 1.05"),
+    }
+    assert found["InContextKD step / KD step, resnet56 to resnet20"]["low"] == 0.9

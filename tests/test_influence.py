@@ -2,6 +2,7 @@
 
 import sys
 import threading
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -200,6 +201,34 @@ def test_lissa_on_mini_batches_of_unequal_size_errs_by_the_inverse_of_the_scale(
         errors.append(relative_error(product, exact))
     assert errors[0] < 0.01  # the last step of a pass is off by 0.02
     assert errors[1] < 0.3 * errors[0]
+
+
+@pytest.mark.parametrize("scale", [None, 2.0])
+def test_batches_in_groups_are_larger_mini_batches(theta, scale):
+    options = {"damping": 0.2, "scale": scale, "iterations": 60}
+    whole = lissa(theta, batches=logistic_batches(TRAIN, 24, 24, 12), **options)
+    grouped = lissa(theta, batches=logistic_batches(TRAIN, 9, 9, 6, 9, 9, 6, 9, 3), group=3, **options)
+    np.testing.assert_allclose(flat(grouped), flat(whole), rtol=1e-10)
+    apart = lissa(theta, batches=logistic_batches(TRAIN, 9, 9, 6, 9, 9, 6, 9, 3), **options)
+    assert not np.allclose(flat(apart), flat(whole), rtol=1e-4)
+
+
+@pytest.mark.parametrize("passes", [1, 4])
+def test_a_pass_that_the_iterations_do_not_complete_is_left_out(theta, passes):
+    given = []
+
+    def batches():
+        for batch in logistic_batches(TRAIN, 20, 20, 20)():
+            given.append(batch)
+            yield batch
+
+    options = {"damping": 0.2, "scale": 2.0}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # so short a run has not converged
+        complete = lissa(theta, batches=logistic_batches(TRAIN, 20, 20, 20), iterations=3 * passes, **options)
+        longer = lissa(theta, batches=batches, iterations=3 * passes + 2, **options)
+    np.testing.assert_array_equal(flat(longer), flat(complete))
+    assert len(given) == 3 * passes + 1  # the last one tells that a pass is over
 
 
 def test_the_scale_that_lissa_finds_itself_suits_mini_batches(theta):
@@ -457,6 +486,45 @@ def test_one_pass_gives_what_explicit_gradients_give(name):
         assert all("lora" in parameter or "classifier" in parameter for parameter in parameters)
 
 
+class Normalised(nn.Module):
+    """Batch normalisation of all kinds: over images and vectors, with and without weights, and by the batch itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolution, self.images = nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3)
+        self.linear, self.vectors = nn.Linear(12, 4), nn.BatchNorm1d(4, eps=0.1)
+        self.plain, self.by_batch = nn.BatchNorm1d(4, affine=False), nn.BatchNorm1d(4, track_running_stats=False)
+
+    def forward(self, inputs):
+        hidden = self.linear(self.images(self.convolution(inputs)).relu().flatten(1))
+        return self.by_batch(self.plain(self.vectors(hidden)).sigmoid())
+
+
+@pytest.mark.parametrize("frozen", [(), ("images.weight", "vectors.bias"), ("convolution",), ("images", "vectors")])
+def test_batch_normalisation_has_its_own_derivative(frozen):
+    torch.manual_seed(0)
+    model = Normalised().double().requires_grad_(True)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            for tensor in (module.weight, module.bias, module.running_mean, module.running_var):
+                if tensor is not None:
+                    nn.init.uniform_(tensor, 0.5, 2.0)
+    model.eval()
+    batch = {"inputs": torch.randn(5, 2, 4, 4).double()}
+    parameters = {name: p.detach() for name, p in model.named_parameters() if not name.startswith(frozen or "-")}
+    direction = random_like(parameters)
+
+    def loss(parameters, batch):
+        return functional_call(model, parameters, (batch["inputs"],)).square().sum(1)
+
+    with forward_mode_ready(model):
+        found = directional_derivatives(loss, parameters, lambda: [batch], direction)
+    leaves = {name: parameter.clone().requires_grad_() for name, parameter in parameters.items()}
+    gradients = [torch.autograd.grad(each, leaves.values(), retain_graph=True) for each in loss(leaves, batch)]
+    expected = [sum((g * d).sum() for g, d in zip(each, direction.values(), strict=True)) for each in gradients]
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.filterwarnings("ignore:LiSSA has not converged")
 @pytest.mark.parametrize("name", MODELS)
 def test_the_hessian_is_the_derivative_of_the_gradient(name):
@@ -574,7 +642,7 @@ class Custom(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("module", "operation"), [(Distances(), "_cdist_forward"), (Custom(), "autograd.Function with functorch")]
+    ("module", "operation"), [(Distances(), "_cdist_forward"), (Custom(), "must implement the jvp function")]
 )
 def test_an_operation_without_forward_mode_is_named(module, operation):
     model = nn.Sequential(nn.Linear(3, 2), module)

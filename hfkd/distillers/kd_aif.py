@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -44,6 +45,7 @@ from hfkd.influence import (
 TABLE_FOLDER = "influence"
 WEIGHTINGS = ("sigmoid", "exp_minmax")
 _TEACHER = "teacher_outputs"  # beside the columns of a batch
+_LISSA_SHARE = 3  # a Hessian-vector product keeps up to three times what a training step on as many samples does
 
 
 def _log_weights(influence: Tensor, weighting: str, sharpness: float) -> Tensor:
@@ -180,7 +182,7 @@ class KDAIF(Wrapper):
     :math:`g_\text{val}` that of the mean cross-entropy on ``held_out_dataset``. φ < 0 helps, φ > 0 harms. A sample
     without a label has the influence of its distillation terms. Weights are found at the start of an epoch for the
     whole training set and kept until the next refresh; before the first they are 1. They are buffers, and resume with
-    the run; another ``train()`` starts with weights of 1 again.
+    the run; another ``train()`` starts with weights of 1 again. A refresh works through batches of training's size.
 
     Each refresh writes ``influence/epoch-NNN.parquet`` into the output folder, with the columns ``index``, ``label``
     (as it was trained on), ``influence``, ``weight`` and ``epoch``. Costs, per refresh, a pass of student and teacher
@@ -198,7 +200,8 @@ class KDAIF(Wrapper):
             apart.
         damping: δ, positive; None is a tenth of the mean eigenvalue for ``"exact"`` and ``"ekfac"`` (there layer by
             layer), and 0.01 for ``"lissa"``.
-        iterations: Mini-batches of ``"lissa"``, each a Hessian-vector product; it warns where they do not suffice.
+        iterations: Mini-batches of ``"lissa"``, each a Hessian-vector product on as many samples as a batch of
+            evaluation has; it warns where they do not suffice.
         weighting: ``"sigmoid"`` or ``"exp_minmax"``; see :func:`influence_weights`.
         sharpness: k of the sigmoid; 10.
         teacher_update: What the teacher does: ``"none"``, frozen; ``"weighted"``, it learns from
@@ -426,18 +429,20 @@ class KDAIF(Wrapper):
         """Index, label and influence of this process's share of the training set."""
         with self._at_rest(context) as (train_losses, held_out_losses, teacher):
             index, labels = [], []
+            # What a training step has memory for, whatever the batch of evaluation.
+            size = math.ceil(context.train_batch_size / (_LISSA_SHARE if self.hessian == "lissa" else 1))
 
             def train() -> Iterator[dict[str, Tensor]]:
                 index.clear()
                 labels.clear()
-                for batch in context.batches(context.train_dataset):
+                for batch in context.batches(context.train_dataset, size):
                     index.append(batch["index"])
                     labels.append(batch["labels"])
                     # Here, since what is not PyTorch's, a teacher's cache, cannot be differentiated through.
                     yield {**batch, _TEACHER: teacher(batch)}
 
             def held_out() -> Iterator[dict[str, Tensor]]:
-                return context.batches(context.held_out_dataset)
+                return context.batches(context.held_out_dataset, size)
 
             if self.layers == "last":
                 influence = self._of_last_layer(context, train_losses, held_out_losses, train, held_out)
@@ -481,10 +486,12 @@ class KDAIF(Wrapper):
             for residuals, features, _ in self._residuals(held_out_losses, held_out())
         )
         direction = reduce(total) / len(context.held_out_dataset)
-        residuals, features, logits = map(torch.cat, zip(*self._residuals(train_losses, train()), strict=True))
+        parts = self._residuals(train_losses, train())
         if self.hessian == "exact":
+            residuals, features, logits = map(torch.cat, zip(*parts, strict=True))
             direction = last_layer_inverse_product(logits, features, direction, damping=self.damping, reduce=reduce)
-        return last_layer_influence(residuals, features, direction)
+            return last_layer_influence(residuals, features, direction)
+        return torch.cat([last_layer_influence(residuals, features, direction) for residuals, features, _ in parts])
 
     def _residuals(self, losses: _SampleLosses, batches) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Batch by batch the gradients of the losses by the logits, the inputs of the last layer, and the logits."""
@@ -512,6 +519,7 @@ class KDAIF(Wrapper):
                     direction,
                     damping=0.01 if self.damping is None else self.damping,
                     iterations=self.iterations,
+                    group=math.ceil(context.eval_batch_size / math.ceil(context.train_batch_size / _LISSA_SHARE)),
                     reduce=_summing(context),
                 )
             return -directional_derivatives(train_losses.functional, parameters, train, direction)

@@ -114,6 +114,24 @@ def test_influence_solves_with_the_hessian(tmp_path, layers, hessian):
         torch.testing.assert_close(distiller.influence, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
 
 
+@pytest.mark.parametrize(
+    ("layers", "hessian", "largest"),
+    [("last", "exact", 4), ("last", "identity", 4), ("all", "identity", 4), ("all", "lissa", 2)],
+)
+@pytest.mark.filterwarnings("ignore:LiSSA has not converged")
+def test_a_refresh_needs_no_more_memory_for_larger_batches_of_evaluation(tmp_path, layers, hessian, largest):
+    """It runs batches of training's size; a Hessian-vector product, which keeps three times as much, smaller ones."""
+    distiller = KDAIF(layers=layers, hessian=hessian, iterations=2, damping=100.0 if hessian == "lissa" else None)
+    trainer = aif_trainer(tmp_path, distiller, per_device_eval_batch_size=12)
+    sizes = []
+    trainer.model.register_forward_hook(
+        lambda module, args, kwargs, _: sizes.append(len(*kwargs.values())), with_kwargs=True
+    )
+    distiller.refresh(trainer.context)
+    assert max(sizes) == largest
+    assert distiller.influence.abs().min() > 0
+
+
 def _of_student_alone(trainer, parameters):
     def gradients(dataset):
         batch = trainer.context.take(dataset, range(len(dataset)))
