@@ -35,6 +35,7 @@ import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
+from measure import interleave
 from method_cost import processor
 from torch.func import functional_call, grad, vmap
 from transformers import (
@@ -184,19 +185,6 @@ class Refresh:
         return time.process_time() - start
 
 
-def interleaved(cases: dict, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each case, round by round; the first round warms up and does not count."""
-    seconds = {name: [] for name in cases}
-    for number in range(rounds + 1):
-        order = list(cases)
-        random.Random(number).shuffle(order)
-        for name in order:
-            taken = cases[name]()
-            if number:
-                seconds[name].append(taken)
-    return seconds
-
-
 def ratios_of(one: list[float], other: list[float]) -> list[float]:
     return [a / b for a, b in zip(one, other, strict=True)]
 
@@ -211,7 +199,7 @@ def refreshes_over_evaluation(kind: str, size: int, rounds: int) -> dict[str, di
     with tempfile.TemporaryDirectory() as folder:
         made = {name: Refresh(kind, size, folder, REFRESHES[name]) for name in TIMED}
         cases = {name: case.refresh for name, case in made.items()}
-        seconds = interleaved({**cases, "evaluation": next(iter(made.values())).evaluate}, rounds)
+        seconds = interleave({**cases, "evaluation": next(iter(made.values())).evaluate}, rounds)
     return {
         f"KDAIF refresh, {name} / evaluation pass, {NAMES[kind]}": entry(
             ratios_of(seconds[name], seconds["evaluation"]), target
@@ -277,7 +265,7 @@ def with_per_sample_gradients(size: int, rounds: int) -> dict[str, dict]:
     answers = {name: way() for name, way in ways.items()}
     for name, answer in answers.items():
         torch.testing.assert_close(answer, answers["loop"], rtol=1e-3, atol=1e-3 * answer.abs().max().item(), msg=name)
-    seconds = interleaved({name: timed(way) for name, way in ways.items()}, rounds)
+    seconds = interleave({name: timed(way) for name, way in ways.items()}, rounds)
     names = {
         "loop": ("per-sample backward loop / forward-mode pass, ResNet-20", ">= 4"),
         "vmap": ("vmap(grad) at batch 64 / forward-mode pass, ResNet-20", ">= 2"),

@@ -219,11 +219,11 @@ class Benchmark:
         teacher, cache = self.folder / "teacher", self.folder / "cache-memory"
         image_models(RESNET)[0].save_pretrained(teacher)
         words = [str(self.size.images), str(self.folder / "memory"), str(teacher), str(cache)]
-        in_a_process(HERE / "memory.py", "fill", *words)
-        sides = {
-            side: lambda side=side: in_a_process(HERE / "memory.py", side, *words) for side in ("cached", "alone")
+        run_script(HERE / "memory.py", "fill", *words)
+        peaks = {
+            side: [float(run_script(HERE / "memory.py", side, *words)) for _ in range(self.size.slow_rounds)]
+            for side in ("cached", "alone")
         }
-        peaks = {side: [measure() for _ in range(min(3, self.size.rounds))] for side, measure in sides.items()}
         name = "peak memory, full cache / student-only training"
         self.ratios[name] = ratio(peaks["cached"], peaks["alone"], "<= 1.05")
 

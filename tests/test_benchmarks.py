@@ -238,17 +238,6 @@ def test_an_entry_has_median_and_quartiles(influence):
     assert influence.entry([7.0], None) == {"value": 7.0, "low": 7.0, "high": 7.0, "target": None, "runs": 1}
 
 
-def test_cases_run_in_rounds_of_which_the_first_does_not_count(influence):
-    calls = []
-
-    def case(name):
-        return lambda: calls.append(name) or len(calls)
-
-    seconds = influence.interleaved({"a": case("a"), "b": case("b")}, 2)
-    assert sorted(seconds["a"] + seconds["b"]) == [3, 4, 5, 6]
-    assert all(sorted(calls[i : i + 2]) == ["a", "b"] for i in (0, 2, 4))
-
-
 def test_influence_writes_its_record(influence, tmp_path, monkeypatch, capsys):
     row = {"a / b": influence.entry([0.5], "<= 1")}
     monkeypatch.setattr(influence, "ratios", lambda quick: row if quick else {})
