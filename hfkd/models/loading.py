@@ -1,12 +1,13 @@
 """One way to name a model: ours, timm's, a weights file, a folder, a Hub id."""
 
 import re
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import timm
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
@@ -114,9 +115,13 @@ def load_model(
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    except OSError as error:
-        if Path(name).is_dir():
-            raise
+    except (OSError, ValueError, SafetensorError) as error:
+        if Path(name).is_dir() or not isinstance(error, OSError):
+            refusal = OSError if isinstance(error, OSError) else ValueError
+            raise refusal(
+                f"cannot load {name!r} for {task} ({_shortened(error)}): name a model of that kind, whose folder is "
+                "whole, as save_pretrained wrote it"
+            ) from error
         if is_timm:
             raise ValueError(
                 f"the weights of timm's {timm_name!r} could not be downloaded: pass pretrained=False for random ones"
@@ -150,11 +155,19 @@ def load_outline(folder: str | Path, *, task: str) -> PreTrainedModel | None:
         "image-classification": AutoModelForImageClassification,
         "text-classification": AutoModelForSequenceClassification,
     }[task]
-    with torch.device("meta"):
-        model = auto_class.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
+    try:
+        with torch.device("meta"):
+            model = auto_class.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
+        stored = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in stored_tensors(folder)}
+    except (OSError, ValueError, SafetensorError):
+        return None  # load_model says what is wrong
     own = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in model.state_dict().items()}
-    stored = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in stored_tensors(folder)}
     return model.eval() if own == stored else None
+
+
+def _shortened(error: Exception) -> str:
+    """What an error says, in at most two lines: some list all classes of a library."""
+    return textwrap.shorten(str(error), 240, placeholder=" …")
 
 
 def stored_tensors(folder: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -189,7 +202,12 @@ def _label_fields(label_names: Sequence[str] | None, num_labels: int | None) -> 
 def _load_cifar_resnet(path: Path, fields: dict, pretrained: bool) -> CifarForImageClassification:
     if path.with_name("config.json").exists():
         raise ValueError(f"{path} has a config.json beside it: name the folder, so that it is read too")
-    state = load_file(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights file {path.resolve()}: correct its name")
+    try:
+        state = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file, or not a whole one ({error}): get it again") from error
     convolutions = [key for key in state if re.fullmatch(r"layer\d\.\d+\.conv\d\.weight", key)]
     if not convolutions or not {"conv1.weight", "linear.weight"} <= state.keys():
         raise ValueError(
