@@ -74,7 +74,8 @@ def check_inputs(
     device = next(model.parameters()).device
     inputs = {name: column.to(device) for name, column in select_inputs(model, batch, prefix).items()}
     if not inputs:
-        columns = getattr(innermost(dataset), "column_names", list(batch))
+        columns = getattr(innermost(dataset), "column_names", None)
+        columns = columns if isinstance(columns, list) else list(dataset[0])
         raise ValueError(
             f"{whose} takes {', '.join(input_names(model)[:4])}, …, and the training set has {', '.join(columns)}: "
             "pass it through hfkd.data.tokenize or hfkd.data.ImageDataset"
@@ -131,9 +132,9 @@ def check_tokenizers(
         for token, (own, other) in zip(seen, words, strict=True):
             if own != other:
                 raise ValueError(
-                    f"the tokenizers differ (token {token} is {own!r} to the student's, {other!r} to the teacher's), and "
-                    "the training set has no teacher_input_ids: make them with hfkd.data.tokenize(data, tokenizer, "
-                    "teacher_tokenizer=...)"
+                    f"the tokenizers differ (token {token} is {own!r} to the student's, {other!r} to the teacher's) "
+                    "and the training set has no teacher_input_ids: make them with hfkd.data.tokenize(data, "
+                    "tokenizer, teacher_tokenizer=...)"
                 )
         return
     own, other = (base_model(model).get_input_embeddings().num_embeddings for model in (student_model, teacher_model))

@@ -130,6 +130,7 @@ class _Hooks(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer._term_sums, self.trainer._term_count = {}, 0
+        self.trainer._check_best_metric()
         self.trainer._report_teacher()
         self.trainer.distiller.on_train_begin(self.trainer.context)
 
@@ -667,32 +668,45 @@ class DistillationTrainer(Trainer):
     def _judge_teacher(self, answers: tuple[np.ndarray, ...], dataset: Dataset | None = None) -> None:
         """Warn before the first step of a teacher that is no better than a guess, or than the student already is."""
         _, labels, merits = answers
-        if self.state.global_step or not len(merits):
+        is_regression = self.problem_type == "regression"
+        known = labels.reshape(len(labels)) != IGNORE_INDEX if is_regression else merits >= 0
+        if self.state.global_step or not known.any():
             return
-        if self.problem_type == "regression":
-            known, guess = labels.reshape(len(labels)), -float(labels[labels != IGNORE_INDEX].var())
-            told = "has a squared error of {:.3g}, and {} {:.3g}"
-            known = known != IGNORE_INDEX
-        else:
-            known, guess = merits >= 0, 1 / self.model.config.num_labels
-            told = "is right on {:.1%} of the samples it was scored on, and {} on {:.1%}"
-        if not known.any():
-            return
-        teacher = float(merits[known].mean())
+        guess = -float(labels[known].var()) if is_regression else 1 / self.model.config.num_labels
         rivals = {"a guess": guess}
         if not head_looks_new(self.model):  # otherwise it guesses
-            with evaluating(self._module):
-                merits = self._answers(self._module.predict, dataset, max_samples=1000)[2]
-            rivals["the student already"] = float(merits[known].mean())
-        for rival, merit in rivals.items():
-            if teacher < merit and self.is_world_process_zero():
-                warnings.warn(
-                    f"the teacher {told.format(abs(teacher), rival, abs(merit))}: look whether its classes are in the "
-                    "data's order (id2label) and its inputs its own (teacher_processing_class=), or take another",
-                    UserWarning,
-                    stacklevel=2,
-                )
-                return
+            rivals["the student already"] = float(self._student_answers(dataset)[2][known].mean())
+        teacher, rival = float(merits[known].mean()), max(rivals, key=rivals.get)
+        if teacher < rivals[rival] and self.is_world_process_zero():
+            told = (
+                "has a squared error of {:.3g}, and {} {:.3g}"
+                if is_regression
+                else "is right on {:.1%}, and {} on {:.1%}"
+            )
+            warnings.warn(
+                f"of {known.sum()} samples the teacher {told.format(abs(teacher), rival, abs(rivals[rival]))}: look "
+                "whether its classes are in the data's order (id2label) and its inputs its own "
+                "(teacher_processing_class=), or take another teacher",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    def _student_answers(self, dataset: Dataset | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        with evaluating(self._module):
+            return self._answers(self._module.predict, dataset, max_samples=1000)
+
+    def _check_best_metric(self) -> None:
+        """Refuse a metric to choose by that will not be there at the end of the first epoch."""
+        name = (self.args.metric_for_best_model or "loss").removeprefix("eval_")
+        one_set = self.eval_dataset is not None and not isinstance(self.eval_dataset, dict)
+        if name == "loss" or not one_set or not self._has_metrics or self.state.global_step:
+            return
+        score = self._score(*self._student_answers()[:2])
+        if score and not {name, f"eval_{name}"} & {*score}:
+            raise ValueError(
+                f"metric_for_best_model is {name!r}, and compute_metrics gives {', '.join(score)}: choose one of these"
+                ", or loss"
+            )
 
     def _score_in_manifest(self) -> dict[str, float]:
         """The score of a teacher that might not be loaded; of one mind on all processes."""
