@@ -412,7 +412,8 @@ class DistillationTrainer(Trainer):
         batch = self.context.sample()
         for model, whose, prefix in readers:
             if not next(model.parameters()).is_meta:
-                check_inputs(model, batch, self.train_dataset, whose, prefix)
+                with self.compute_loss_context_manager():
+                    check_inputs(model, batch, self.train_dataset, whose, prefix)
 
     def _set_up_distiller(self) -> None:
         """Allocate the method's own parameters and put all that trains into one module."""
