@@ -11,12 +11,14 @@ import sys
 import textwrap
 import warnings
 from pathlib import Path
+from unittest.mock import patch
 
 import datasets
 import numpy as np
 import PIL.Image
 import pytest
 import torch
+from datasets.exceptions import DatasetNotFoundError
 from helpers import as_datasets, make_trainer, named, rows, tiny, tiny_teacher, tokenizer
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -281,6 +283,11 @@ def with_vocabulary(size):
     return teacher
 
 
+def not_on_the_hub(folder):
+    with patch("datasets.load_dataset", side_effect=DatasetNotFoundError("it doesn't exist")):
+        return image(folder, "--dataset", "nobody/nothing")
+
+
 def long_text(folder, *flags):
     """Texts of 12 words, for a BERT of 8 positions whose tokenizer knows no limit."""
     where = bert(folder, max_position_embeddings=8)
@@ -311,6 +318,8 @@ CASES = [
      ValueError, ["unknown task 'mrcp'", "mrpc", "train_file"]),
     ("Hub set out of reach", lambda f: image(f, "--dataset", "nobody/nothing"),
      ConnectionError, ["cannot load nobody/nothing", "pass its folder as data_dir"]),
+    ("Hub set that is not there", not_on_the_hub,
+     FileNotFoundError, ["the Hub has no data set nobody/nothing", "correct its name"]),
     ("no train file", lambda f: text(f, "--train_file", f / "none.csv", "--student", "x"),
      FileNotFoundError, ["no file", "none.csv", "correct train_file"]),
     ("train file of another kind", lambda f: load_text_data("own", train_file=csv(f, name="train.xlsx")),
@@ -723,11 +732,13 @@ CASES = [
 
 @pytest.fixture
 def no_step(monkeypatch, tmp_path):
-    """Lets no optimizer take a step, keeps caches here, and is the example that runs."""
+    """Lets no optimizer take a step, keeps caches here and the Hub away, and is the example that runs."""
 
     def step(*arguments):
         raise AssertionError("it took a step")
 
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HFKD_CACHE", str(tmp_path / "caches"))
     monkeypatch.setattr(sys.modules["__main__"], "__file__", run_glue_kd.__file__)
     hook = register_optimizer_step_pre_hook(step)
