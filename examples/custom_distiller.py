@@ -8,7 +8,7 @@ All flags are those of run_image_kd.py, whose code runs here with the class belo
 import run_image_kd
 
 from hfkd import Distiller
-from hfkd.cli import parse_arguments
+from hfkd.cli import explain_refusals, parse_arguments
 from hfkd.functional import kd_loss
 
 
@@ -25,4 +25,5 @@ class ConfidentKD(Distiller):
 
 if __name__ == "__main__":
     types = (run_image_kd.ModelArguments, run_image_kd.DataArguments, run_image_kd.TrainingArguments)
-    run_image_kd.run(*parse_arguments(types), distiller=ConfidentKD())
+    with explain_refusals():
+        run_image_kd.run(*parse_arguments(types), distiller=ConfidentKD())

@@ -13,16 +13,15 @@ The score "test" is on GLUE's official validation set; "eval" is on a part cut o
 """
 
 import copy
-import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import AutoTokenizer, set_seed
+from transformers import set_seed
 
 from hfkd import DistillationTrainer, DistillationTrainingArguments
-from hfkd.cli import parse_arguments
-from hfkd.data import load_text_data, tokenize, write_predictions
+from hfkd.cli import check_conflicts, explain_refusals, json_table, parse_arguments
+from hfkd.data import load_text_data, load_tokenizer, tokenize, write_predictions
 from hfkd.distillers import make_distiller
 from hfkd.metrics import compute_metrics
 from hfkd.models import load_model, load_teacher, student_from_teacher
@@ -87,9 +86,11 @@ def run(
     """
     if model_args.teacher is None and model_args.student is None:
         raise ValueError("name a --student, or a --teacher to cut the student out of")
+    check_conflicts(model_args, args)
     distiller = None
     if model_args.distiller is not None:
-        distiller = make_distiller(model_args.distiller, **json.loads(model_args.distiller_kwargs))
+        kwargs = json_table(model_args.distiller_kwargs, "distiller_kwargs")
+        distiller = make_distiller(model_args.distiller, **kwargs)
     if data_args.task is None and data_args.train_file is None:
         raise ValueError("name a --task, or your own data with --train_file")
     raw = load_text_data(
@@ -108,7 +109,7 @@ def run(
         max_eval_samples=data_args.max_eval_samples,
     )
     if data_args.drop_unlabelled:
-        raw.train = raw.train.filter(lambda label: label != -100, input_columns="label")
+        raw.drop_unlabelled()
 
     options = {"task": "text-classification", "trust_remote_code": model_args.trust_remote_code}
 
@@ -133,7 +134,7 @@ def run(
         teacher_name, train_teacher = teacher_folder, False
     if teacher_name is not None:
         set_seed(args.seed)
-        teacher_tokenizer = AutoTokenizer.from_pretrained(teacher_name)
+        teacher_tokenizer = load_tokenizer(teacher_name)
         if train_teacher:
             teacher = load_model(teacher_name, label_names=raw.label_names, num_labels=raw.num_labels, **options)
             teacher_args = copy.copy(args)
@@ -153,7 +154,7 @@ def run(
 
     set_seed(args.seed)
     if model_args.student is not None:
-        tokenizer = AutoTokenizer.from_pretrained(model_args.student)
+        tokenizer = load_tokenizer(model_args.student)
         student = load_model(model_args.student, label_names=raw.label_names, num_labels=raw.num_labels, **options)
     else:
         tokenizer = teacher_tokenizer
@@ -206,4 +207,5 @@ def run(
 
 
 if __name__ == "__main__":
-    run(*parse_arguments((ModelArguments, DataArguments, TrainingArguments)))
+    with explain_refusals():
+        run(*parse_arguments((ModelArguments, DataArguments, TrainingArguments)))

@@ -12,14 +12,13 @@ cosine schedule; for a pretrained transformer use --optim adamw_torch --learning
 """
 
 import copy
-import json
 import os
 from dataclasses import dataclass, field
 
 from transformers import set_seed
 
 from hfkd import DistillationTrainer, DistillationTrainingArguments, Distiller
-from hfkd.cli import parse_arguments
+from hfkd.cli import check_conflicts, explain_refusals, json_table, parse_arguments
 from hfkd.data import ImageDataset, load_image_data, processor_for
 from hfkd.distillers import make_distiller
 from hfkd.metrics import compute_metrics
@@ -99,8 +98,10 @@ def run(
 
     With ``only_warm`` fill the teacher's cache instead.
     """
+    check_conflicts(model_args, args)
     if model_args.distiller is not None:
-        distiller = make_distiller(model_args.distiller, **json.loads(model_args.distiller_kwargs))
+        kwargs = json_table(model_args.distiller_kwargs, "distiller_kwargs")
+        distiller = make_distiller(model_args.distiller, **kwargs)
     data = load_image_data(
         data_args.dataset,
         data_dir=data_args.data_dir,
@@ -115,7 +116,7 @@ def run(
     )
     augment = data_args.augment or ("crop" if data.task in ("digits", "svhn") else "crop_flip")
     if data_args.drop_unlabelled:
-        data.train = data.train.filter(lambda label: label != -100, input_columns="label")
+        data.drop_unlabelled()
 
     def trainer_for(student, student_name, args, teacher=None, teacher_name=None, distiller=None):
         processor = processor_for(student, student_name)
@@ -184,6 +185,7 @@ def run(
     student = load_model(
         model_args.student,
         label_names=data.label_names,
+        num_labels=data.num_labels,
         pretrained=model_args.student_pretrained,
         trust_remote_code=model_args.trust_remote_code,
     )
@@ -210,4 +212,5 @@ def run(
 
 
 if __name__ == "__main__":
-    run(*parse_arguments((ModelArguments, DataArguments, TrainingArguments)))
+    with explain_refusals():
+        run(*parse_arguments((ModelArguments, DataArguments, TrainingArguments)))

@@ -10,19 +10,144 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow.compute
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, StateDictType
 from torch.utils.data import Dataset, IterableDataset, Subset
-from transformers import PretrainedConfig, PreTrainedModel, TrainingArguments
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN
+from transformers.trainer_utils import get_last_checkpoint
 
 from hfkd.data import ImageDataset
-from hfkd.data.task_data import TEACHER_COLUMNS
+from hfkd.data.task_data import TEACHER_COLUMNS, TaskData
 from hfkd.distillers.base import IGNORE_INDEX, Distiller
+from hfkd.features import base_model, input_names, select_inputs, try_out
 from hfkd.labels import align_labels, head_looks_new, named_labels
 from hfkd.teacher import TeacherEnsemble
+
+
+def check_run(model: nn.Module, args: TrainingArguments, eval_dataset: Dataset | Mapping | None) -> None:
+    """Refuse a student or arguments of another type, and what transformers would stumble over later."""
+    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+        raise TypeError(
+            f"the student must be a PreTrainedModel, got {type(model).__name__}: pass model=load_model(name, "
+            "label_names=...)"
+        )
+    if not isinstance(args, TrainingArguments):
+        raise TypeError(
+            f"args must be DistillationTrainingArguments, got {type(args).__name__}: pass "
+            "DistillationTrainingArguments(output_dir, ...)"
+        )
+    if eval_dataset is None and args.eval_strategy != "no":
+        raise ValueError(
+            f'eval_strategy is "{args.eval_strategy.value}", and there is no eval_dataset: pass one (in the examples: '
+            '--validation_fraction 0.1), or set eval_strategy to "no"'
+        )
+    if os.path.isfile(args.output_dir):
+        raise FileExistsError(f"output_dir {args.output_dir} is a file: name a folder, which may be a new one")
+
+
+def check_checkpoint(folder: str | bool, output_dir: str) -> None:
+    """Refuse to resume from where no checkpoint is."""
+    remedy = "name the folder of one, or leave out resume_from_checkpoint to start anew"
+    if folder is True:
+        if not os.path.isdir(output_dir) or get_last_checkpoint(output_dir) is None:
+            raise FileNotFoundError(f"{output_dir} holds no checkpoint-… to resume from: {remedy}")
+    elif not os.path.isfile(os.path.join(folder, "trainer_state.json")):
+        raise FileNotFoundError(f"{folder} is no checkpoint, it has no trainer_state.json: {remedy}")
+
+
+def check_dataset(dataset: Dataset | None, which: str) -> None:
+    """Refuse what is no data set, and one without rows."""
+    if isinstance(dataset, (str, os.PathLike, Mapping, TaskData)):
+        raise TypeError(
+            f"the {which} set is a {type(dataset).__name__}: pass one split of a data set, such as "
+            'load_dataset(...)["train"] or load_image_data(...).train'
+        )
+    if dataset is not None and not isinstance(dataset, IterableDataset) and not len(dataset):
+        raise ValueError(f"the {which} set is empty: check what was filtered or cut off, or pass None")
+
+
+def check_inputs(
+    model: nn.Module, batch: Mapping[str, Tensor], dataset: Dataset, whose: str, prefix: str = ""
+) -> None:
+    """Refuse a training set that a model cannot read, by showing it the first samples."""
+    device = next(model.parameters()).device
+    inputs = {name: column.to(device) for name, column in select_inputs(model, batch, prefix).items()}
+    if not inputs:
+        columns = getattr(innermost(dataset), "column_names", None)
+        columns = columns if isinstance(columns, list) else list(dataset[0])
+        raise ValueError(
+            f"{whose} takes {', '.join(input_names(model)[:4])}, …, and the training set has {', '.join(columns)}: "
+            "pass it through hfkd.data.tokenize or hfkd.data.ImageDataset"
+        )
+    try:
+        try_out(model, inputs)
+    except Exception as error:
+        shapes = ", ".join(f"{name} {tuple(column.shape)} {column.dtype}" for name, column in inputs.items())
+        raise ValueError(
+            f"{whose} ({type(base_model(model)).__name__}) cannot read the first training samples ({shapes}): "
+            f"{error}. Make them with its own tokenizer or image processor"
+        ) from error
+
+
+def check_tokens(dataset: Dataset | None, which: str, model: nn.Module, whose: str, prefix: str = "") -> None:
+    """Refuse token ids beyond a model's vocabulary and sequences beyond its positions, in whichever row they are."""
+    inner = innermost(dataset)
+    if not isinstance(inner, datasets.Dataset) or "input_ids" not in input_names(model):
+        return
+    column = next((name for name in (f"{prefix}input_ids", "input_ids") if name in inner.column_names), None)
+    if column is None or not len(inner):
+        return
+    tokens = inner.with_format("arrow", columns=[column])[:].column(column)
+    highest = pyarrow.compute.max(pyarrow.compute.list_flatten(tokens)).as_py()
+    words = base_model(model).get_input_embeddings().num_embeddings
+    if highest is not None and highest >= words:
+        raise ValueError(
+            f"{column} of the {which} set go up to {highest}, and {whose} knows tokens 0 to {words - 1}: tokenise "
+            "with its own tokenizer (two of them: hfkd.data.tokenize(data, tokenizer, teacher_tokenizer=...))"
+        )
+    longest = pyarrow.compute.max(pyarrow.compute.list_value_length(tokens)).as_py()
+    for name, module in model.named_modules():
+        if name.endswith(".position_embeddings") and isinstance(module, nn.Embedding):
+            # RoBERTa's positions start behind its padding.
+            room = module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+            if longest > room:
+                raise ValueError(
+                    f"a text of the {which} set has {longest} tokens, and {whose} has room for {room}: tokenise with "
+                    f"max_length={room}"
+                )
+
+
+def check_tokenizers(
+    dataset: Dataset | None, student: object, teacher: object, student_model: nn.Module, teacher_model: nn.Module
+) -> None:
+    """Refuse a teacher that would read another tokenizer's numbers for its own; warn where nobody can tell."""
+    inner = innermost(dataset)
+    columns = inner.column_names if isinstance(inner, datasets.Dataset) else []
+    if "input_ids" not in columns or "teacher_input_ids" in columns or "input_ids" not in input_names(teacher_model):
+        return
+    if isinstance(student, PreTrainedTokenizerBase) and isinstance(teacher, PreTrainedTokenizerBase):
+        seen = sorted({token for row in inner[:1000]["input_ids"] for token in row})
+        words = zip(*(tokenizer.convert_ids_to_tokens(seen) for tokenizer in (student, teacher)), strict=True)
+        for token, (own, other) in zip(seen, words, strict=True):
+            if own != other:
+                raise ValueError(
+                    f"the tokenizers differ (token {token} is {own!r} to the student's, {other!r} to the teacher's) "
+                    "and the training set has no teacher_input_ids: make them with hfkd.data.tokenize(data, "
+                    "tokenizer, teacher_tokenizer=...)"
+                )
+        return
+    own, other = (base_model(model).get_input_embeddings().num_embeddings for model in (student_model, teacher_model))
+    if own != other:
+        warnings.warn(
+            f"the student knows {own} tokens and the teacher {other}, and both read input_ids: where they have "
+            "tokenizers of their own, pass hfkd.data.tokenize(data, tokenizer, teacher_tokenizer=...)",
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 def problem_type_of(model: nn.Module) -> str:
@@ -85,13 +210,30 @@ def check_labels(dataset: Dataset, which: str, config: PretrainedConfig, problem
     -100 (unlabelled) is fine everywhere, and -1 (the hidden labels of a benchmark's test set) off training.
     """
     labels = dataset_labels(dataset)
-    if labels is None or labels.ndim > 1:
+    if labels is None:
         return
     num_labels = config.num_labels
     if labels.dtype.kind not in "biuf":
         raise ValueError(f"labels of the {which} set are {labels.dtype}, not numbers: map them to class indices first")
+    if labels.ndim > 1:
+        if labels[0].size != num_labels:
+            raise ValueError(
+                f"labels of the {which} set are {labels[0].size} numbers a sample, and the student has {num_labels} "
+                "classes: give one class index a sample, or one probability a class"
+            )
+        return
     labels = labels[labels != IGNORE_INDEX]
+    if which == "train" and len(labels) > 1 and (labels == labels[0]).all():
+        raise ValueError(
+            f"all {len(labels)} labels of the train set are {labels[0]}, from which nothing is learnt: look at how it "
+            "was filtered or cut (a sorted file needs shuffling first), or set them to -100"
+        )
     if problem_type == "regression":
+        if _class_names(dataset):
+            raise ValueError(
+                f"the {which} set has classes ({_class_names(dataset)[:5]}), and the student has one output, which is "
+                f"regression: give it num_labels={len(_class_names(dataset))}"
+            )
         if not np.isfinite(labels.astype(np.float64)).all():
             raise ValueError(f"labels of the {which} set hold NaN or infinity: remove those rows or set them to -100")
         return
@@ -126,6 +268,13 @@ def check_columns(dataset: Dataset | None, distiller: Distiller) -> None:
         )
     columns = getattr(dataset, "column_names", None)
     columns = columns if isinstance(columns, list) else list(dataset[0])
+    if "index" in columns and "index" in distiller.batch_columns:
+        index, counts = np.unique(dataset_index(dataset), return_counts=True)
+        if len(counts) and counts.max() > 1:
+            raise ValueError(
+                f"{counts.max()} training samples have the number {index[counts.argmax()]} in the column index, by "
+                f"which {name} tells them apart: give every row a number of its own"
+            )
     if missing := [column for column in distiller.batch_columns if column not in columns]:
         remedy = 'add it with dataset.add_column("index", list(range(len(dataset))))' if "index" in missing else ""
         raise ValueError(
@@ -144,6 +293,10 @@ def check_teacher(
     if teacher is student:
         raise ValueError(f"{whose} and the student are the same object: pass copy.deepcopy(student) as the teacher")
     own = {id(parameter) for parameter in student.parameters()}
+    if not isinstance(teacher, nn.Module):
+        raise TypeError(
+            f"{whose} must be a PreTrainedModel, or its name, got {type(teacher).__name__}: pass load_model(name)"
+        )
     if any(id(parameter) in own for parameter in teacher.parameters()):
         raise ValueError(
             f"{whose} and the student share weights, which cannot be both frozen and trained: pass a deep copy"

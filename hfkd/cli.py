@@ -1,15 +1,62 @@
-"""Command lines of the examples: flags, or a YAML or JSON file with flags that override it."""
+"""Command lines of the examples: flags, or a YAML or JSON file with flags that override it; and how they end."""
 
 from __future__ import annotations
 
+import difflib
 import json
+import os
 import re
 import sys
-from collections.abc import Sequence
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
 from transformers import HfArgumentParser
+
+
+PACKAGE = Path(__file__).parent
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether a ``raise`` of hfkd, or of the script that runs, is where an exception comes from.
+
+    That is how input is refused. What comes out of another library, or out of an expression, is a bug somewhere.
+    """
+    innermost = traceback.extract_tb(error.__traceback__)[-1]
+    script = Path(getattr(sys.modules["__main__"], "__file__", None) or PACKAGE)
+    ours = any(
+        Path(innermost.filename).resolve().is_relative_to(place.resolve()) for place in (PACKAGE, script.parent)
+    )
+    return ours and (innermost.line or "").startswith("raise ")
+
+
+@contextmanager
+def explain_refusals() -> Iterator[None]:
+    """End the script with a message and exit status 2, and no traceback, where its input is refused.
+
+    Everything else keeps its traceback; so do refusals with ``HFKD_TRACEBACK=1`` in the environment.
+    """
+    try:
+        yield
+    except Exception as error:
+        if os.environ.get("HFKD_TRACEBACK") or not is_refusal(error):
+            raise
+        if int(os.environ.get("RANK", 0)):
+            # Most often all processes refuse alike, and the launcher ends the others as soon as the first one ended;
+            # who is alone with an error speaks up.
+            time.sleep(10)
+        print(f"error: {error.args[0] if error.args else error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+
+
+class _Parser(HfArgumentParser):
+    """Whose errors are exceptions, and take a line instead of all flags there are."""
+
+    def error(self, message):
+        raise ValueError(f"{message}: see --help")
 
 
 def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str] | None = None) -> tuple:
@@ -24,31 +71,92 @@ def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str] | None 
         One instance a dataclass, in order.
 
     Raises:
-        ValueError: If the file is not a flat table of flags.
+        ValueError: If the file is not a flat table of flags, a flag is unknown (names the nearest), or a value is not
+            one that the flag takes.
         FileNotFoundError: If there is no such file.
-        SystemExit: For an unknown flag, as argparse does.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if words and words[0].endswith((".yaml", ".yml", ".json")):
         words = [*_words_of_file(Path(words[0])), *words[1:]]
-    return HfArgumentParser(dataclass_types).parse_args_into_dataclasses(args=words)
+    parser = _Parser(dataclass_types, allow_abbrev=False)
+    try:
+        *parsed, unknown = parser.parse_args_into_dataclasses(args=words, return_remaining_strings=True)
+    except ValueError as error:
+        raise ValueError(str(error)) from error  # of transformers too: about flags all the same
+    if unknown:
+        flags = [name for action in parser._actions for name in action.option_strings]
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], flags, n=1)
+        remedy = f"did you mean {near[0]}?" if near else "see --help (a file of flags comes first)"
+        raise ValueError(f"no flag takes {' '.join(unknown[:5])!r}: {remedy}")
+    return tuple(parsed)
+
+
+def check_conflicts(model_args, args) -> None:
+    """Refuse flags of an example that would be without effect.
+
+    Args:
+        model_args: The example's ``ModelArguments``.
+        args: Its ``TrainingArguments``.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    if model_args.teacher is None:
+        for flag, value in {"train_teacher": model_args.train_teacher, "teacher_cache": args.teacher_cache}.items():
+            if value:
+                raise ValueError(f"--{flag} is about a teacher, and there is none: name one with --teacher")
+    if model_args.teacher_epochs is not None and not model_args.train_teacher:
+        raise ValueError("--teacher_epochs is about --train_teacher, which is not there: add it, or leave that out")
+    if model_args.distiller is None and json_table(model_args.distiller_kwargs, "distiller_kwargs"):
+        raise ValueError("--distiller_kwargs are a method's, and none is named: add --distiller, such as kd")
+
+
+def json_table(text: str, flag: str) -> dict:
+    """The table that a flag gives as JSON.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    try:
+        table = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--{flag} {text!r} is not JSON ({error}): write it as '{{\"temperature\": 2}}'") from error
+    if not isinstance(table, dict):
+        raise ValueError(f"--{flag} {text!r} is no table: write it as '{{\"temperature\": 2}}'")
+    return table
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which only true and false are booleans, so that ``eval_strategy: no`` is a word."""
+    """YAML in which only true and false are booleans, so that ``eval_strategy: no`` is a word; no key twice."""
 
     yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"{key.value!r} is there twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(?:true|True|false|False)$"), list("tTfF"))
 
 
 def _words_of_file(path: Path) -> list[str]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path.resolve()}: correct the first argument, which names a file of flags")
     try:
         table = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506, a SafeLoader; JSON is YAML
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8 ({error.reason}): save it as such") from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = "" if mark is None else f" in line {mark.line + 1}, column {mark.column + 1}"
+        raise ValueError(f"{path} is neither YAML nor JSON: {error.problem}{where}. Correct it there") from error
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is neither YAML nor JSON: {error}") from error
     if not isinstance(table, dict):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -27,14 +28,20 @@ from transformers.trainer import FSDP_MODEL_NAME, TRAINING_ARGS_NAME
 from hfkd.cache import TeacherCache, describe, keep_on_host
 from hfkd.checks import (
     check_cache,
+    check_checkpoint,
     check_columns,
+    check_dataset,
     check_ensemble,
     check_head,
+    check_inputs,
     check_labels,
     check_processes,
     check_resume,
+    check_run,
     check_sharding,
     check_teacher,
+    check_tokenizers,
+    check_tokens,
     dataset_labels,
     innermost,
     problem_type_of,
@@ -48,6 +55,7 @@ from hfkd.features import (
     Capture,
     base_model,
     detached,
+    evaluating,
     find_module,
     in_float32,
     input_names,
@@ -55,7 +63,7 @@ from hfkd.features import (
     run_model,
     use_channels_last,
 )
-from hfkd.labels import named_labels
+from hfkd.labels import head_looks_new, named_labels
 from hfkd.modelcard import write_model_card
 from hfkd.models.loading import load_teacher
 from hfkd.sharding import load_whole_state, whole_state
@@ -163,6 +171,7 @@ class _Hooks(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer._term_sums, self.trainer._term_count = {}, 0
         self.trainer._cache_counts_before = self.trainer._cache_counts()
+        self.trainer._check_best_metric()
         self.trainer._report_teacher()
         self.trainer.distiller.on_train_begin(self.trainer.context)
 
@@ -250,6 +259,7 @@ class DistillationTrainer(Trainer):
         if not isinstance(distiller, Distiller):
             raise TypeError(f"distiller must be a Distiller, got {type(distiller).__name__}: pass KD(), not its name")
         args = args if args is not None else DistillationTrainingArguments("tmp_trainer")
+        check_run(model, args, eval_dataset)
         if isinstance(teacher_model, (str, os.PathLike)):
             may_wait = bool(getattr(args, "teacher_cache", None)) and not distiller.trains_teacher
             teacher_model = load_teacher(teacher_model, task=self._task_of(model), may_wait=may_wait)
@@ -293,6 +303,7 @@ class DistillationTrainer(Trainer):
         if self.args.device.type != "cpu":
             self._move_images(self.args.device)
         self._set_up_teacher(teacher_model)
+        self._check_inputs(teacher_processing_class)
         self._set_up_distiller()
         if getattr(self.args, "teacher_cache", None) and self.teacher_model is not None:
             self._set_up_cache()
@@ -326,6 +337,8 @@ class DistillationTrainer(Trainer):
             )
         others = {**self._eval_datasets(), "held-out": self.held_out_dataset}
         for which, dataset in [("train", self.train_dataset), *others.items()]:
+            if dataset is not self.held_out_dataset:  # whose rows are the method's affair
+                check_dataset(dataset, which)
             check_labels(dataset, which, self.model.config, self.problem_type)
         check_columns(self.train_dataset, self.distiller)
 
@@ -338,8 +351,23 @@ class DistillationTrainer(Trainer):
         self.label_scale = labels.size / labelled if labelled else 1.0
         columns = self.train_dataset.column_names if isinstance(self.train_dataset, datasets.Dataset) else None
         has_no_labels = labels is not None or (columns is not None and not {*columns} & {*self.label_names})
-        if isinstance(self.distiller, StudentAlone) and not labelled and has_no_labels:
-            raise ValueError("no training sample has a label: the student alone has nothing to learn, pass a teacher")
+        if not labelled and has_no_labels:
+            if isinstance(self.distiller, StudentAlone):
+                raise ValueError(
+                    "no training sample has a label: the student alone has nothing to learn, pass a teacher"
+                )
+            if self.distiller.needs_hard_labels or not self.distiller.needs_teacher:
+                raise ValueError(
+                    f"no training sample has a label, and {method} learns from labels: name their column labels, or "
+                    "choose KD(), which learns from a teacher alone"
+                )
+            if labels is None:
+                warnings.warn(
+                    f"the training set has no column labels ({', '.join(columns)}), so that {method} learns from the "
+                    "teacher alone: if one of these holds the classes, rename it to labels",
+                    UserWarning,
+                    stacklevel=4,
+                )
         hard_label_loss = HardLabelLoss(self.problem_type, self.args.label_smoothing_factor, self.label_scale)
         for part in self.distiller.modules():
             if isinstance(part, Distiller):
@@ -380,6 +408,14 @@ class DistillationTrainer(Trainer):
             for whose, member in members.items()
         ]
         use_channels_last(self.teacher_model)
+        own, other = (sum(p.numel() for p in model.parameters()) for model in (self.model, self.teacher_model))
+        if unlike and other < own:
+            warnings.warn(
+                f"the teacher has {other:,} parameters and the student {own:,}: are they swapped (model= is the "
+                "student)?",
+                UserWarning,
+                stacklevel=3,
+            )
         if distiller.trains_teacher:
             if label_orders != [None]:
                 raise ValueError("a teacher that is trained must have the student's classes in the same order")
@@ -415,6 +451,32 @@ class DistillationTrainer(Trainer):
         teacher = load_teacher(path, task=cls._task_of(student))
         check_head(teacher)
         return use_channels_last(teacher)
+
+    def _check_inputs(self, teacher_processing_class: Any) -> None:
+        """Show student and teacher the first samples, and look at the tokens of all."""
+        readers = [(self.model, "the student", "")]
+        if self.teacher_model is not None:
+            sources = self.teacher.members if isinstance(self.teacher, Teachers) else [self.teacher]
+            models = [self.teacher_model if source is None else source.model for source in sources]
+            readers += [(model, "the teacher", "teacher_") for model in models]
+            check_tokenizers(
+                self.train_dataset, self.processing_class, teacher_processing_class, self.model, readers[-1][0]
+            )
+        for model, whose, prefix in readers:
+            for which, dataset in {"train": self.train_dataset, **self._eval_datasets()}.items():
+                check_tokens(dataset, which, model, whose, prefix)
+        if self.train_dataset is None or isinstance(self.train_dataset, IterableDataset):
+            return
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise ValueError(
+                "all parameters of the student are frozen, as those of a teacher are that another run asked: call "
+                "student.requires_grad_(True) first"
+            )
+        batch = self.context.sample()
+        for model, whose, prefix in readers:
+            if not next(model.parameters()).is_meta:
+                with self.compute_loss_context_manager():
+                    check_inputs(model, batch, self.train_dataset, whose, prefix)
 
     def _set_up_distiller(self) -> None:
         """Allocate the method's own parameters and put all that trains into one module."""
@@ -491,6 +553,11 @@ class DistillationTrainer(Trainer):
         if self.eval_dataset is None:
             return {}
         return self.eval_dataset if isinstance(self.eval_dataset, dict) else {"evaluation": self.eval_dataset}
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        if resume_from_checkpoint:
+            check_checkpoint(resume_from_checkpoint, self.args.output_dir)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     # Wrapping and optimizer
 
@@ -719,13 +786,59 @@ class DistillationTrainer(Trainer):
         if self.label_scale != 1:
             self.log({"label_scale": self.label_scale})
         if isinstance(self.teacher, ColumnTeacher):  # which says nothing about the evaluation set
-            score = self.evaluate_teacher(self.train_dataset, max_samples=1000)
-            self.log({f"teacher_train_{name}": value for name, value in score.items()})
+            answers = self._answers(self._ask_teacher, self.train_dataset, max_samples=1000)
+            self.log({f"teacher_train_{name}": value for name, value in self._score(*answers[:2]).items()})
+            self._judge_teacher(answers, self.train_dataset)
         elif self.teacher is not None and not self._saves_teacher and self.eval_dataset is not None:
-            score = self.evaluate_teacher(max_samples=1000)
+            answers = self._answers(self._ask_teacher, max_samples=1000)
+            score = self._score(*answers[:2])
             self.log({f"teacher_{name}": value for name, value in score.items()})
             if self.cache is not None and self.is_world_process_zero():
                 self.cache.note_score(score)
+            self._judge_teacher(answers)
+
+    def _judge_teacher(self, answers: tuple[np.ndarray, ...], dataset: Dataset | None = None) -> None:
+        """Warn before the first step of a teacher that is no better than a guess, or than the student already is."""
+        _, labels, merits = answers
+        is_regression = self.problem_type == "regression"
+        known = labels.reshape(len(labels)) != IGNORE_INDEX if is_regression else merits >= 0
+        if self.state.global_step or not known.any():
+            return
+        guess = -float(labels[known].var()) if is_regression else 1 / self.model.config.num_labels
+        rivals = {"a guess": guess}
+        if not head_looks_new(self.model):  # otherwise it guesses
+            rivals["the student already"] = float(self._student_answers(dataset)[2][known].mean())
+        teacher, rival = float(merits[known].mean()), max(rivals, key=rivals.get)
+        if teacher < rivals[rival] and self.is_world_process_zero():
+            told = (
+                "has a squared error of {:.3g}, and {} {:.3g}"
+                if is_regression
+                else "is right on {:.1%}, and {} on {:.1%}"
+            )
+            warnings.warn(
+                f"of {known.sum()} samples the teacher {told.format(abs(teacher), rival, abs(rivals[rival]))}: look "
+                "whether its classes are in the data's order (id2label) and its inputs its own "
+                "(teacher_processing_class=), or take another teacher",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    def _student_answers(self, dataset: Dataset | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        with evaluating(self._module):
+            return self._answers(self._module.predict, dataset, max_samples=1000)
+
+    def _check_best_metric(self) -> None:
+        """Refuse a metric to choose by that will not be there at the end of the first epoch."""
+        name = (self.args.metric_for_best_model or "loss").removeprefix("eval_")
+        one_set = self.eval_dataset is not None and not isinstance(self.eval_dataset, dict)
+        if name == "loss" or not one_set or not self._has_metrics or self.state.global_step:
+            return
+        score = self._score(*self._student_answers()[:2])
+        if score and not {name, f"eval_{name}"} & {*score}:
+            raise ValueError(
+                f"metric_for_best_model is {name!r}, and compute_metrics gives {', '.join(score)}: choose one of these"
+                ", or loss"
+            )
 
     def evaluate_teacher(self, dataset: Dataset | None = None, max_samples: int | None = None) -> dict[str, float]:
         """Score the frozen teacher as the student is scored; a teacher's cache keeps what it says here too.
@@ -743,6 +856,24 @@ class DistillationTrainer(Trainer):
         """
         if self.teacher is None:
             raise ValueError("there is no frozen teacher to evaluate")
+        return self._score(*self._answers(self._ask_teacher, dataset, max_samples)[:2])
+
+    def _ask_teacher(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        return in_float32(self.teacher(inputs)).logits
+
+    @property
+    def _has_metrics(self) -> bool:
+        # Metrics that want inputs, or tensors batch by batch, are the student's own affair.
+        special = self.args.batch_eval_metrics or self.args.include_for_metrics
+        return self.compute_metrics is not None and not special
+
+    def _answers(
+        self, ask: Callable, dataset: Dataset | None = None, max_samples: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Predictions, labels, and the merit of each prediction: 1 if right, minus the squared error of a number.
+
+        The merit is -1 where a class is not known; all are empty where there are no labels.
+        """
         if dataset is None:
             dataset = next(iter(self._eval_datasets().values()), None)
         if dataset is None:
@@ -751,37 +882,46 @@ class DistillationTrainer(Trainer):
         if max_samples is not None and not is_stream and len(dataset) > max_samples:
             chosen = torch.linspace(0, len(dataset) - 1, max_samples).long().tolist()
             dataset = dataset.select(chosen) if hasattr(dataset, "select") else Subset(dataset, chosen)
-        # Metrics that want inputs, or tensors batch by batch, are the student's own affair.
-        special = self.args.batch_eval_metrics or self.args.include_for_metrics
-        has_metrics = self.compute_metrics is not None and not special
-        transforms = has_metrics and self.preprocess_logits_for_metrics is not None
-        kept, predictions = (None, None) if self.cache is None or transforms else self._kept_evaluation(dataset)
+        transforms = self._has_metrics and self.preprocess_logits_for_metrics is not None
+        kept = predictions = None
+        if self.cache is not None and ask == self._ask_teacher and not transforms:
+            kept, predictions = self._kept_evaluation(dataset)
         if predictions is not None:
             labels = self._labels_as_batched(dataset)
-        else:
-            parts = []
-            with torch.random.fork_rng(), self.compute_loss_context_manager():
-                loader = self.get_test_dataloader(dataset)
-                hidden = self.args.disable_tqdm or not self.is_world_process_zero()
-                for batch in tqdm(loader, desc="Teacher", disable=hidden, leave=False):
-                    batch = self._with_labels(self._prepare_inputs(batch), fill=False)
-                    if "labels" not in batch:
-                        return {}
-                    # Without labels, by which an ensemble would choose who is right.
-                    inputs = {name: column for name, column in batch.items() if name != "labels"}
-                    logits = in_float32(self.teacher(inputs)).logits
-                    if transforms:
-                        logits = self.preprocess_logits_for_metrics(logits, batch["labels"])
-                    logits, labels = self.accelerator.gather_for_metrics((logits, batch["labels"]))
-                    parts.append((logits.cpu(), labels.cpu()))
-            predictions, labels = (torch.cat(columns).numpy() for columns in zip(*parts, strict=True))
-            # Unlike, they were sorted by length, or are another column's.
-            if kept is not None and np.array_equal(labels, self._labels_as_batched(dataset)):
-                kept.write(np.arange(len(predictions)), predictions)
+            return predictions, labels, self._merit(torch.from_numpy(predictions), torch.from_numpy(labels)).numpy()
+        parts = []
+        with torch.random.fork_rng(), self.compute_loss_context_manager():
+            loader = self.get_test_dataloader(dataset)
+            hidden = self.args.disable_tqdm or not self.is_world_process_zero()
+            for batch in tqdm(loader, desc="Teacher", disable=hidden, leave=False):
+                batch = self._with_labels(self._prepare_inputs(batch), fill=False)
+                if "labels" not in batch:
+                    return np.zeros(0), np.zeros(0), np.zeros(0)
+                # Without labels, by which an ensemble would choose who is right.
+                inputs = {name: column for name, column in batch.items() if name != "labels"}
+                logits = ask(inputs)
+                merit = self._merit(logits, batch["labels"])
+                if transforms:
+                    logits = self.preprocess_logits_for_metrics(logits, batch["labels"])
+                found = self.accelerator.gather_for_metrics((logits, batch["labels"], merit))
+                parts.append([tensor.cpu() for tensor in found])
+        predictions, labels, merits = (torch.cat(columns).numpy() for columns in zip(*parts, strict=True))
+        # Unlike, they were sorted by length, or are another column's.
+        if kept is not None and np.array_equal(labels, self._labels_as_batched(dataset)):
+            kept.write(np.arange(len(predictions)), predictions)
+        return predictions, labels, merits
+
+    def _merit(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if self.problem_type == "regression":
+            return -(logits.squeeze(-1) - labels.reshape(len(logits))).square()
+        classes = labels if labels.ndim == 1 else labels.argmax(-1)
+        return (logits.argmax(-1) == classes).float().masked_fill(classes < 0, -1.0)
+
+    def _score(self, predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         known = labels >= 0 if self.problem_type == "single_label" else labels != IGNORE_INDEX
         if not known.any():
             return {}
-        if has_metrics:
+        if self._has_metrics:
             return self.compute_metrics(EvalPrediction(predictions, labels))
         if self.problem_type == "regression":
             return {"mse": float(((predictions.squeeze(-1) - labels)[known] ** 2).mean())}

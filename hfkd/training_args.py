@@ -60,6 +60,9 @@ class DistillationTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        if str(self.resume_from_checkpoint).lower() in ("true", "false"):  # from a command line
+            self.resume_from_checkpoint = str(self.resume_from_checkpoint).lower() == "true"
+        self._check_numbers()
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
         self.accelerator_config.non_blocking |= self.dataloader_pin_memory
         defaults = {"distiller_learning_rate": "the method's default", "teacher_learning_rate": "the student's"}
@@ -78,3 +81,23 @@ class DistillationTrainingArguments(TrainingArguments):
             )
         if self.teacher_dtype not in (None, "float32", "bfloat16", "float16"):
             raise ValueError(f"teacher_dtype must be float32, bfloat16 or float16, got {self.teacher_dtype!r}")
+
+    def _check_numbers(self) -> None:
+        """Refuse numbers that would stop the run later, or that transformers takes for others."""
+        batches = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+        for name in batches:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise ValueError(f"max_steps must be positive, got {self.max_steps}: -1 trains for num_train_epochs")
+        if self.max_steps == -1 and not self.num_train_epochs > 0:
+            raise ValueError(f"num_train_epochs must be positive, got {self.num_train_epochs}: or set max_steps")
+        if not 0 <= self.learning_rate < float("inf"):
+            raise ValueError(f"learning_rate must not be negative, got {self.learning_rate}: 5e-5 is usual for Adam")
+        if not 0 <= self.label_smoothing_factor < 1:
+            raise ValueError(
+                f"label_smoothing_factor must lie in [0, 1), got {self.label_smoothing_factor}: 0 smooths nothing"
+            )
+        for name in ("seed", "data_seed"):
+            if not 0 <= (getattr(self, name) or 0) < 2**32:
+                raise ValueError(f"{name} must lie in [0, 2**32), got {getattr(self, name)}: 0 is as good as any")

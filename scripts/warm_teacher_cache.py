@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 import run_glue_kd  # noqa: E402
 import run_image_kd  # noqa: E402
 
-from hfkd.cli import parse_arguments  # noqa: E402
+from hfkd.cli import explain_refusals, parse_arguments  # noqa: E402
 
 
 EXAMPLES = {"run_image_kd": run_image_kd, "run_glue_kd": run_glue_kd}
@@ -27,12 +27,12 @@ EXAMPLES = {"run_image_kd": run_image_kd, "run_glue_kd": run_glue_kd}
 
 def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1] not in EXAMPLES:
-        sys.exit(f"name the example that will train first: {' or '.join(EXAMPLES)}; then its flags")
+        raise ValueError(f"name the example that will train first: {' or '.join(EXAMPLES)}; then its flags")
     example = EXAMPLES[sys.argv[1]]
     types = (example.ModelArguments, example.DataArguments, example.TrainingArguments)
     model_args, data_args, args = parse_arguments(types, sys.argv[2:])
     if model_args.train_teacher:
-        sys.exit("the teacher must be trained already: name the folder it was saved in as --teacher")
+        raise ValueError("the teacher must be trained already: name the folder it was saved in as --teacher")
     args.teacher_cache = args.teacher_cache or True
     report = example.run(model_args, data_args, args, only_warm=True)
     if args.process_index == 0:
@@ -40,4 +40,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with explain_refusals():
+        main()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 
+import datasets
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -160,6 +161,17 @@ def rows(family: str = "bert", n: int = 16, *, seed: int = 0, length: int = 7) -
     columns["labels"] = torch.randint(0, NUM_LABELS, (n,), generator=generator)
     columns["index"] = torch.arange(n)
     return Rows(columns)
+
+
+def named(model, names):
+    model.config.id2label = dict(enumerate(names))
+    model.config.label2id = {name: i for i, name in enumerate(names)}
+    return model
+
+
+def as_datasets(dataset, **columns):
+    features = {name: [row[name].tolist() for row in dataset] for name in dataset.columns}
+    return datasets.Dataset.from_dict({**features, **columns})
 
 
 def make_trainer(folder, student, teacher=None, distiller=None, dataset=None, *, trainer=None, **arguments):

@@ -14,9 +14,11 @@ from helpers import (
     MovingAverage,
     Mutual,
     Weighted,
+    as_datasets,
     largest_difference,
     logged,
     make_trainer,
+    named,
     rows,
     tiny,
     tiny_teacher,
@@ -33,17 +35,6 @@ from hfkd.labels import align_labels, head_looks_new
 
 
 NAMES = ["cat", "dog", "owl", "fox", "bee"]
-
-
-def named(model, names):
-    model.config.id2label = dict(enumerate(names))
-    model.config.label2id = {name: i for i, name in enumerate(names)}
-    return model
-
-
-def as_datasets(dataset, **columns):
-    features = {name: [row[name].tolist() for row in dataset] for name in dataset.columns}
-    return datasets.Dataset.from_dict({**features, **columns})
 
 
 class Stream(IterableDataset):

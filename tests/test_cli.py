@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from hfkd import DistillationTrainingArguments
-from hfkd.cli import parse_arguments
+from hfkd import DistillationTrainingArguments, cli
+from hfkd.cli import explain_refusals, parse_arguments
 from hfkd.distillers import make_distiller
 
 
@@ -38,7 +38,7 @@ def test_other_files_are_refused(tmp_path, text, message):
         parse(tmp_path, text)
 
 
-def test_unknown_flags_are_refused(tmp_path, capsys):
+def test_unknown_flags_are_refused(tmp_path):
     with pytest.raises(ValueError, match="ratio"):
         parse(tmp_path, "ratio: 1\n")
 
@@ -80,3 +80,46 @@ def test_a_distiller_is_found_in_any_case_and_its_arguments_are_checked():
         make_distiller("wtm")
     with pytest.raises(ValueError, match=r"KD\(alpha.*cannot be made so.*gamma"):
         make_distiller("kd", gamma=1)
+
+
+def exit_of(capsys, work):
+    with pytest.raises(SystemExit) as caught, explain_refusals():
+        work()
+    return caught.value.code, capsys.readouterr().err
+
+
+def test_a_refusal_ends_with_its_message_alone(capsys):
+    assert exit_of(capsys, lambda: make_distiller("kd", alpha=2)) == (
+        2,
+        "error: alpha must lie in [0, 1], got 2: 0 is the labels alone, 1 the teacher alone\n",
+    )
+
+
+def test_a_bug_keeps_its_traceback():
+    with pytest.raises(AttributeError), explain_refusals():
+        make_distiller(None)  # comes out of an expression in hfkd
+    with pytest.raises(ValueError, match="invalid literal"), explain_refusals():
+        int("x")  # comes out of another library
+
+
+def test_a_refusal_keeps_its_traceback_on_request(monkeypatch):
+    monkeypatch.setenv("HFKD_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="alpha must lie"), explain_refusals():
+        make_distiller("kd", alpha=2)
+
+
+def test_other_processes_leave_the_message_to_the_first(monkeypatch, capsys):
+    waits = []
+    monkeypatch.setattr(cli.time, "sleep", waits.append)
+    monkeypatch.setenv("RANK", "1")
+    code, message = exit_of(capsys, lambda: make_distiller("kd", alpha=2))
+    assert (code, len(waits)) == (2, 1)
+    assert message.startswith("error: alpha")  # where no launcher ended it meanwhile
+    monkeypatch.setenv("RANK", "0")
+    exit_of(capsys, lambda: make_distiller("kd", alpha=2))
+    assert len(waits) == 1
+
+
+def test_flags_are_not_guessed_from_their_beginning():
+    with pytest.raises(ValueError, match="no flag takes '--strat epoch': did you mean --strategy"):
+        parse_arguments([Options], ["--strat", "epoch"])

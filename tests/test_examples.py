@@ -82,8 +82,9 @@ def test_unknown_distiller_lists_the_names(image_teacher, tmp_path):
         tmp_path,
         check=False,
     )
-    assert done.returncode != 0
-    assert "unknown distiller 'wtm': choose one of KD, " in done.stderr
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: unknown distiller 'wtm': choose one of KD, ")
+    assert "Traceback" not in done.stderr
 
 
 def test_image_teacher_is_trained_first(tmp_path):
@@ -153,6 +154,14 @@ def test_two_processes_run_as_two(image_teacher, tmp_path, launcher):
         launcher=launchers()[launcher](),
     )
     assert results(tmp_path)["world_size"] == 2
+
+
+def test_two_processes_say_once_what_is_wrong(tmp_path):
+    words = [*IMAGE.split(), "--distiller", "wtm", "--output_dir", tmp_path]
+    done = start("run_image_kd.py", *words, launcher=launchers()["torchrun"](), check=False)
+    assert done.returncode != 0
+    assert done.stderr.count("error: unknown distiller 'wtm'") == 1
+    assert "in make_distiller" not in done.stderr  # the launcher's own traceback is all there is
 
 
 @pytest.fixture(scope="module")

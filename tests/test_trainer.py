@@ -689,7 +689,7 @@ def test_finished_batches_pass_through(tmp_path):
         student = freeze_batch_norm(tiny("cifar"))
         make_trainer(tmp_path, student, tiny_teacher("cifar"), Bank(), kind(rows("cifar").columns)).train()
         trained.append(weights(student))
-    assert set(asked) == {8}
+    assert set(asked) == {2, 8}  # the first two are for trying the models out
     assert_identical(*trained)
 
 

@@ -93,8 +93,9 @@ class ImageDataset(Dataset):
         if lacking:
             raise ValueError(f"the split lacks {sorted(lacking)}: make it with load_image_data")
         if not len(split):
-            raise ValueError("the split is empty: it was cut with validation_fraction=0, so there is nothing to load")
+            raise ValueError("the split is empty: it was cut with validation_fraction=0, or a filter left no row")
         self.split = split.select_columns("image")
+        self._encoded = self.split.cast_column("image", datasets.Image(decode=False))
         columns = split.select_columns(["label", "index"])[:]
         self.labels, self.index = (np.array(columns[name], dtype=np.int64) for name in ("label", "index"))
         answers = [name for name in TEACHER_COLUMNS if name in split.column_names]
@@ -110,9 +111,9 @@ class ImageDataset(Dataset):
         # In shared memory: workers that outlive an epoch must see it change.
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
 
-        self.pixels = _decode_small(self.split)
-        self._on_device: Tensor | None = None  # the same in (N, H, W, C)
-        first = self.split[0]["image"]
+        first = self._decode(0)
+        self.pixels = self._decode_small(first.size)
+        self._on_device: Tensor | None = None  # the pixels in (N, H, W, C)
         if self.pixels is None and self.mixup is not None and augment not in ("crop", "crop_flip"):
             raise ValueError("Mixup needs images of one size and these differ or are large: use augment='crop_flip'")
         self.views = {"pixel_values": _View(processor, first.height, first.width)}
@@ -205,7 +206,7 @@ class ImageDataset(Dataset):
         if self.pixels is not None:
             return self.pixels[rows].tobytes()
         parts = []
-        for value in self.split.cast_column("image", datasets.Image(decode=False))[rows]["image"]:
+        for value in self._encoded[rows]["image"]:
             content, path = value["bytes"], value["path"]
             parts.append(f"{path} {os.path.getsize(path)}".encode() if content is None else content)
         return b"".join(parts)
@@ -331,6 +332,36 @@ class ImageDataset(Dataset):
         y, x = y.clamp(0, height - 1)[:, :, None], x.clamp(0, width - 1)[:, None]
         return (self._on_device[rows[..., None], y, x] * inside[..., None]).permute(0, 3, 1, 2)
 
+    def _decode(self, row: int, value: dict | None = None) -> PIL.Image.Image:
+        """An image in grey or in colour, from its bytes or path where they are at hand."""
+        value = value or self._encoded[row]["image"]
+        try:
+            # Row by row through the feature is twice as fast as through the column.
+            return _as_grey_or_rgb(self.split.features["image"].decode_example(value))
+        except (OSError, ValueError, SyntaxError, TypeError) as error:
+            path = (value or {}).get("path")
+            raise ValueError(
+                f"the image of row {row}{f' ({path})' if path else ''}, index {self.index[row]}, cannot be used "
+                f"({error}): replace it or drop the row"
+            ) from error
+
+    def _decode_small(self, size: tuple[int, int]) -> np.ndarray | None:
+        """All images as (N, C, H, W) uint8; None where they are large or differ in size."""
+        if max(size) > _SMALL:
+            return None
+        rows, images = len(self.index), []
+        for start in tqdm(range(0, rows, 1000), desc="Decoding images", unit="k", disable=rows < 5000):
+            values = self._encoded[start : start + 1000]["image"]
+            batch = [self._decode(row, value) for row, value in enumerate(values, start)]
+            if any(image.size != size for image in batch):
+                return None
+            images.append([np.asarray(image) for image in batch])
+        arrays = [array for batch in images for array in batch]
+        if any(array.ndim == 3 for array in arrays):
+            arrays = [array if array.ndim == 3 else np.stack([array] * 3, axis=-1) for array in arrays]
+            return np.ascontiguousarray(np.stack(arrays).transpose(0, 3, 1, 2))
+        return np.stack(arrays)[:, None]
+
     def _augment_small(self, images: np.ndarray, draws: np.ndarray) -> Tensor:
         """(B, C, H, W) uint8 in and out."""
         if self.augment in ("crop", "crop_flip"):
@@ -351,7 +382,7 @@ class ImageDataset(Dataset):
         return _stack(self._rand_augment(pictures, draws))
 
     def _decode_large(self, rows: np.ndarray, draws: np.ndarray) -> list[PIL.Image.Image]:
-        images = [_as_grey_or_rgb(image) for image in self.split[rows]["image"]]
+        images = [self._decode(row) for row in rows.tolist()]
         if self.augment in ("crop", "crop_flip"):
             with kept_global_state():
                 for i, draw in enumerate(splitmix(draws)):
@@ -474,6 +505,8 @@ def _flips(draws: np.ndarray) -> np.ndarray:
 
 
 def _as_grey_or_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    if image.mode.startswith(("I", "F")):  # which PIL would clip at 255, to white
+        raise ValueError(f"its mode is {image.mode}, more than 8 bits: scale its values to 0..255 first")
     return image.convert("L" if image.mode in _GREY_MODES else "RGB")
 
 
@@ -483,23 +516,3 @@ def _stack(images: list[PIL.Image.Image]) -> Tensor:
         arrays = np.stack([np.asarray(image.convert("RGB")) for image in images])
         return torch.from_numpy(arrays).permute(0, 3, 1, 2)
     return torch.from_numpy(np.stack([np.asarray(image) for image in images]))[:, None]
-
-
-def _decode_small(split: datasets.Dataset) -> np.ndarray | None:
-    """All images as (N, C, H, W) uint8; None where they are large or differ in size."""
-    first = split[0]["image"]
-    if max(first.size) > _SMALL:
-        return None
-    # Decoding row by row through the feature is twice as fast as through the column.
-    feature, rows = split.features["image"], split.cast_column("image", datasets.Image(decode=False))
-    images = []
-    for start in tqdm(range(0, len(split), 1000), desc="Decoding images", unit="k", disable=len(split) < 5000):
-        batch = [feature.decode_example(value) for value in rows[start : start + 1000]["image"]]
-        if any(image.size != first.size for image in batch):
-            return None
-        images.append([np.asarray(_as_grey_or_rgb(image)) for image in batch])
-    arrays = [array for batch in images for array in batch]
-    if any(array.ndim == 3 for array in arrays):
-        arrays = [array if array.ndim == 3 else np.stack([array] * 3, axis=-1) for array in arrays]
-        return np.ascontiguousarray(np.stack(arrays).transpose(0, 3, 1, 2))
-    return np.stack(arrays)[:, None]

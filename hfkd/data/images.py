@@ -111,7 +111,7 @@ def _load_folder(folder: Path, dataset: str) -> dict[str, Dataset]:
         return splits
     try:
         return dict(datasets.load_dataset("imagefolder", data_dir=str(folder)))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, ValueError) as error:
         raise FileNotFoundError(
             f"{folder.resolve()} holds neither train*.parquet nor images: use the Hub's parquet layout or "
             "train/<class>/*.png"

@@ -1,8 +1,16 @@
-"""The image processor that fits a model."""
+"""The image processor, or the tokenizer, that fits a model."""
 
+import textwrap
 from pathlib import Path
 
-from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedModel, ViTImageProcessor
+from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
+    BaseImageProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ViTImageProcessor,
+)
 from transformers.models.timm_wrapper.configuration_timm_wrapper import TimmWrapperConfig
 from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
 
@@ -51,3 +59,28 @@ def processor_for(model: PreTrainedModel, name_or_path: str | Path | None = None
             f"no image processor beside {source} ({error}): save one there with processor.save_pretrained, or pass "
             "name_or_path of the model whose preprocessing it shares"
         ) from error
+
+
+def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model.
+
+    Args:
+        name_or_path: Hub id or local folder.
+
+    Raises:
+        ValueError: If there is none, or one without words, which transformers makes where it finds no files.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        reason = textwrap.shorten(str(error), 240, placeholder=" …")
+        raise ValueError(
+            f"no tokenizer in {str(name_or_path)!r} ({reason}): name a Hub id or a folder of a text model, with its "
+            "tokenizer beside it (tokenizer.save_pretrained)"
+        ) from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise ValueError(
+            f"the tokenizer in {str(name_or_path)!r} knows no word, so its files are not there: save it beside the "
+            "model with tokenizer.save_pretrained"
+        )
+    return tokenizer

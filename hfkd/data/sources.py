@@ -18,6 +18,7 @@ def load_from_hub(hub_id: str, config: str | None = None, revision: str | None =
 
     Raises:
         ConnectionError: If the Hub cannot be reached.
+        FileNotFoundError: If it has no such data set.
     """
     try:
         splits = dict(datasets.load_dataset(hub_id, config, revision=revision))
@@ -25,6 +26,11 @@ def load_from_hub(hub_id: str, config: str | None = None, revision: str | None =
         raise ConnectionError(
             f"cannot load {hub_id} from the Hub ({error}): without network, download it elsewhere and pass its folder "
             "as data_dir"
+        ) from error
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"the Hub has no data set {hub_id} that can be read ({error}): correct its name, log in where it is "
+            "private, or pass a local folder as data_dir"
         ) from error
     return {_ALIASES.get(name, name): split for name, split in splits.items()}
 

@@ -169,6 +169,12 @@ def _read_labels(
                 "from 0, or write them as text"
             )
         label_names = [str(i) for i in classes]
+    if len(label_names) < 2:
+        raise ValueError(
+            f"all training labels are {label_names[0]!r}: a classifier needs samples of two classes or more"
+            if label_names
+            else "no training sample has a label in the label column: fill it, or drop it to train on a teacher alone"
+        )
     for name, array in arrays.items():
         array[array == -1] = UNLABELLED
         wrong = array[(array != UNLABELLED) & ((array < 0) | (array >= len(label_names)))]

@@ -55,13 +55,31 @@ class TaskData:
         if self.is_regression:
             return 1
         if self.label_names is None:
-            raise ValueError(f"{self.task} has no labels to count classes from: set data.label_names = [...] first")
+            raise ValueError(
+                f"{self.task} has no labels to count classes from: add a column label (images: folders "
+                "train/<class>/), name a --teacher that has class names, or set data.label_names = [...] first"
+            )
         return len(self.label_names)
 
     @property
     def text_columns(self) -> list[str]:
         """Names of the text columns in order: one, or two for a pair; none for images or after ``tokenize``."""
         return [name for name, feature in self.train.features.items() if is_text(feature)]
+
+    def drop_unlabelled(self) -> None:
+        """Leave only the labelled samples in ``train``.
+
+        Raises:
+            ValueError: If all of them are labelled, or none.
+        """
+        kept = self.train.filter(lambda label: label != UNLABELLED, input_columns="label")
+        if len(kept) in (0, len(self.train)):
+            which = "no" if len(kept) == 0 else "every"
+            raise ValueError(
+                f"{which} training sample of {self.task} has a label, so that drop_unlabelled would leave "
+                f"{len(kept)} of {len(self.train)}: leave it out, or set a budget with labels"
+            )
+        self.train = kept
 
     def splits(self) -> dict[str, Dataset]:
         """Every split by name, those in ``extra`` included."""

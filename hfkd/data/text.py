@@ -1,6 +1,7 @@
 """Text classification and regression: GLUE, any Hub id, CSV and JSON files; and their tokenisation."""
 
 import dataclasses
+import warnings
 from pathlib import Path
 from typing import Literal
 
@@ -209,8 +210,20 @@ def tokenize(
     """
     if not data.text_columns:
         raise ValueError(f"no text among {data.train.column_names}: pass what load_text_data returned")
+    special = tokenizer.num_special_tokens_to_add(pair=len(data.text_columns) == 2)
+    if max_length <= special:
+        raise ValueError(f"max_length={max_length} leaves no room beside {special} special tokens: 128 is the default")
     raw = data.splits()
     splits = _encode(raw, data.text_columns, data.text_columns, tokenizer, max_length)
+    limit = min(max_length, tokenizer.model_max_length)
+    cut = sum(length >= limit for length in map(len, splits["train"]["input_ids"]))
+    if cut:
+        warnings.warn(
+            f"{cut} of {len(splits['train'])} training samples reach {limit} tokens, and what is behind is cut: raise "
+            f"max_length ({max_length}), or take a tokenizer of a longer model ({tokenizer.model_max_length})",
+            UserWarning,
+            stacklevel=2,
+        )
     if teacher_tokenizer is not None and teacher_tokenizer is not tokenizer:
         # Under their usual names, which `datasets` stores in small integers.
         twins = _encode(raw, data.text_columns, data.train.column_names, teacher_tokenizer, max_length)

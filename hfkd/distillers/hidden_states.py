@@ -128,7 +128,10 @@ class HiddenStates(LayerDistiller):
     def propose(self, model):
         if self.loss == "cosine":
             return stage_paths(model)[-1:]
-        return (f"{base_model(model).base_model_prefix}.embeddings", *stage_paths(model))
+        embeddings = f"{base_model(model).base_model_prefix}.embeddings"
+        if embeddings not in dict(base_model(model).named_modules()):
+            raise ValueError(f"{type(base_model(model)).__name__} has no {embeddings!r}: {self.remedy}")
+        return (embeddings, *stage_paths(model))
 
     def choose_layers(self, student, teacher):
         own, other = super().choose_layers(student, teacher)

@@ -1,12 +1,13 @@
 """One way to name a model: ours, timm's, a weights file, a folder, a Hub id."""
 
 import re
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import timm
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
@@ -115,9 +116,13 @@ def load_model(
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    except OSError as error:
-        if Path(name).is_dir():
-            raise
+    except (OSError, ValueError, SafetensorError) as error:
+        if Path(name).is_dir() or not isinstance(error, OSError):
+            refusal = OSError if isinstance(error, OSError) else ValueError
+            raise refusal(
+                f"cannot load {name!r} for {task} ({_shortened(error)}): name a model of that kind, whose folder is "
+                "whole, as save_pretrained wrote it"
+            ) from error
         if is_timm:
             raise ValueError(
                 f"the weights of timm's {timm_name!r} could not be downloaded: pass pretrained=False for random ones"
@@ -177,16 +182,24 @@ def load_outline(path: str | Path, *, task: str) -> PreTrainedModel | None:
         "image-classification": AutoModelForImageClassification,
         "text-classification": AutoModelForSequenceClassification,
     }[task]
-    with torch.device("meta"):
-        if Path(path).is_file():
-            model = CifarForImageClassification(_config_of_cifar_resnet(Path(path), {}))
-        else:
-            model = auto_class.from_config(AutoConfig.from_pretrained(path), dtype=torch.float32)
+    try:
+        with torch.device("meta"):
+            if Path(path).is_file():
+                model = CifarForImageClassification(_config_of_cifar_resnet(Path(path), {}))
+            else:
+                model = auto_class.from_config(AutoConfig.from_pretrained(path), dtype=torch.float32)
+        own, stored = (
+            {name: (tuple(t.shape), t.dtype) for name, t in tensors if not name.endswith(BATCH_COUNT)}
+            for tensors in (model.state_dict().items(), stored_tensors(path))
+        )
+    except (OSError, ValueError, SafetensorError):
+        return None  # load_model says what is wrong
+    return model.eval() if own == stored else None
 
-    def outline(tensors):
-        return {name: (tuple(t.shape), t.dtype) for name, t in tensors if not name.endswith(BATCH_COUNT)}
 
-    return model.eval() if outline(model.state_dict().items()) == outline(stored_tensors(path)) else None
+def _shortened(error: Exception) -> str:
+    """What an error says, in at most two lines: some list all classes of a library."""
+    return textwrap.shorten(str(error), 240, placeholder=" …")
 
 
 def stored_tensors(path: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -225,8 +238,13 @@ def _label_fields(label_names: Sequence[str] | None, num_labels: int | None) -> 
 def _config_of_cifar_resnet(path: Path, fields: dict) -> CifarConfig:
     if path.with_name("config.json").exists():
         raise ValueError(f"{path} has a config.json beside it: name the folder, so that it is read too")
-    with safe_open(path, framework="pt") as file:
-        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118, it is no dict
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights file {path.resolve()}: correct its name")
+    try:
+        with safe_open(path, framework="pt") as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118, it is no dict
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file, or not a whole one ({error}): get it again") from error
     convolutions = [name for name in shapes if re.fullmatch(r"layer\d\.\d+\.conv\d\.weight", name)]
     if not convolutions or not {"conv1.weight", "linear.weight"} <= shapes.keys():
         raise ValueError(
