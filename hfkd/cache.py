@@ -21,6 +21,7 @@ from torch.utils.data import Dataset, IterableDataset, Subset
 from transformers import PretrainedConfig
 
 from hfkd.checks import innermost
+from hfkd.data.decoded import default_root
 from hfkd.data.draws import splitmix
 from hfkd.data.image_dataset import ImageDataset
 from hfkd.distillers.base import ModelOutputs
@@ -36,11 +37,6 @@ _CHUNK = 1024
 _LOGITS = ""  # a path of no layer
 # Of a configuration: what says nothing about the outputs, or changes when a model is saved and loaded.
 _BOOKKEEPING = "_name_or_path architectures auto_map dtype id2label label2id problem_type transformers_version".split()
-
-
-def default_root() -> Path:
-    """Where caches are kept: ``HFKD_CACHE``, or ``~/.cache/hfkd``."""
-    return Path(os.environ.get("HFKD_CACHE") or "~/.cache/hfkd").expanduser()
 
 
 class _Rows:

@@ -26,6 +26,12 @@ def pytest_unconfigure(config):
     gc.unfreeze()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def caches(tmp_path_factory):
+    """Nothing is kept in the home of whoever runs the tests."""
+    os.environ["HFKD_CACHE"] = str(tmp_path_factory.mktemp("caches"))
+
+
 @pytest.fixture(scope="session")
 def launch():
     """Run a module of torch or accelerate as a child, on the CPU and away from other workers' ports."""

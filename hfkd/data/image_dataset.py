@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from transformers import BaseImageProcessor
 from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
 
+from hfkd.data.decoded import kept_pixels
 from hfkd.data.draws import batch_draw, kept_global_state, sample_draws, seed_global, splitmix
 from hfkd.data.task_data import TEACHER_COLUMNS, UNLABELLED
 
@@ -25,6 +26,7 @@ from hfkd.data.task_data import TEACHER_COLUMNS, UNLABELLED
 AUGMENTATIONS = (None, "flip", "crop", "crop_flip")
 # Beyond this, decoded images of a whole set no longer fit a usual memory.
 _SMALL = 64
+_MANY = 5000  # whose decoding one notices
 _RESAMPLING = (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC)
 _GREY_MODES = ("1", "L")
 _GREY_WEIGHTS = (0.299, 0.587, 0.114)
@@ -349,8 +351,18 @@ class ImageDataset(Dataset):
         """All images as (N, C, H, W) uint8; None where they are large or differ in size."""
         if max(size) > _SMALL:
             return None
+        rows = len(self.index)
+        if rows < _MANY:
+            return self._decode_all(size)
+        starts = range(0, rows, 1000)
+        contents = [value["bytes"] for start in starts for value in self._encoded[start : start + 1000]["image"]]
+        if None in contents:  # files, which may change
+            return self._decode_all(size)
+        return kept_pixels(contents, lambda: self._decode_all(size))
+
+    def _decode_all(self, size: tuple[int, int]) -> np.ndarray | None:
         rows, images = len(self.index), []
-        for start in tqdm(range(0, rows, 1000), desc="Decoding images", unit="k", disable=rows < 5000):
+        for start in tqdm(range(0, rows, 1000), desc="Decoding images", unit="k", disable=rows < _MANY):
             values = self._encoded[start : start + 1000]["image"]
             batch = [self._decode(row, value) for row, value in enumerate(values, start)]
             if any(image.size != size for image in batch):
