@@ -45,9 +45,9 @@ def explain_refusals() -> Iterator[None]:
         if os.environ.get("HFKD_TRACEBACK") or not is_refusal(error):
             raise
         if int(os.environ.get("RANK", 0)):
-            # Most often all processes refuse alike, and the launcher ends the others as soon as the first one ended;
-            # who is alone with an error speaks up.
-            time.sleep(10)
+            # Most often all processes refuse alike, and the launcher ends the others as soon as the first one ended,
+            # which may have started later; who is alone with an error speaks up.
+            time.sleep(60)
         print(f"error: {error.args[0] if error.args else error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
 

@@ -291,11 +291,6 @@ class KDAIF(Wrapper):
         if context.train_dataset is None:
             raise ValueError("KDAIF weighs the training samples: pass train_dataset=")
         index = context.sample_index().sort().values
-        if (index[1:] == index[:-1]).any():
-            raise ValueError(
-                f"the column index of the training set has {len(index.unique())} different numbers in {len(index)} "
-                "rows, so that samples would share a weight: give every row a number of its own"
-            )
         self.register_buffer("sample_index", index, persistent=False)
         self.register_buffer("influence", torch.zeros(len(index)))
         self.register_buffer("weights", torch.ones(len(index)))
