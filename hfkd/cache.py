@@ -325,7 +325,7 @@ class TeacherCache:
                 raise FloatingPointError(
                     f"the teacher's {repr(layer) if layer else 'logits'}: NaN or infinite for {int(wrong.sum())} of "
                     f"{len(wrong)} samples (index {', '.join(map(str, some))}); none of them is kept. Look at these "
-                    'samples and at the teacher (teacher_dtype="float32" where it runs in half precision)'
+                    'samples and at the teacher (in half precision: teacher_dtype="float32")'
                 )
         answered = time.perf_counter()
         self.asking_seconds += answered - start

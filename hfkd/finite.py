@@ -13,9 +13,13 @@ class FiniteLosses:
 
     On the CPU at once. On an accelerator :meth:`check`, before the optimizer's step, waits for the end of the forward
     pass alone: the backward pass lies behind it in the queue, so that the device does not run dry.
+
+    Args:
+        device: Where the losses are.
     """
 
-    def __init__(self):
+    def __init__(self, device: torch.device):
+        self.is_at_hand = device.type == "cpu"
         self._waiting = []
 
     def watch(self, loss: Tensor, parts: Mapping[str, Tensor], batch: Mapping[str, Tensor], step: int) -> None:
@@ -31,13 +35,12 @@ class FiniteLosses:
             FloatingPointError: If the loss is not finite, on the CPU.
         """
         is_finite = loss.detach().isfinite()
-        if loss.device.type == "cpu":
+        if self.is_at_hand:
             if not is_finite:
                 raise self._error(parts, batch, step)
             return
-        copied = is_finite.to("cpu", non_blocking=True)
-        done = torch.accelerator.current_stream().record_event()
-        self._waiting.append((copied, done, parts, {"index": batch["index"]} if "index" in batch else {}, step))
+        known = {"index": batch["index"]} if "index" in batch else {}
+        self._waiting.append((*self._to_host(is_finite), parts, known, step))
 
     def check(self) -> None:
         """Wait for the losses that were noted.
@@ -50,6 +53,11 @@ class FiniteLosses:
             done.synchronize()
             if not is_finite:
                 raise self._error(*rest)
+
+    @staticmethod
+    def _to_host(flag: Tensor) -> tuple[Tensor, torch.Event]:
+        """A copy that is there when the event has come."""
+        return flag.to("cpu", non_blocking=True), torch.accelerator.current_stream().record_event()
 
     @staticmethod
     def _error(parts: Mapping[str, Tensor], batch: Mapping[str, Tensor], step: int) -> FloatingPointError:
@@ -69,9 +77,7 @@ class FiniteLosses:
             some = ", ".join(map(str, which[:8].tolist()))
             lines.append(f"{name}: {what} for {len(which)} of {len(rows)} samples ({kind} {some}{more})")
         if any(line.startswith("the teacher") for line in lines):
-            remedy = (
-                'look at these samples and at the teacher (teacher_dtype="float32" where it runs in half precision)'
-            )
+            remedy = 'look at these samples and at the teacher (in half precision: teacher_dtype="float32")'
         elif any(line.startswith("the student") for line in lines):
             remedy = "the student has diverged: resume from an earlier checkpoint with a lower learning rate"
         else:

@@ -301,7 +301,7 @@ class DistillationTrainer(Trainer):
         self._term_sums: dict[str, Tensor] = {}
         self._term_count = 0
         self._cache_counts_before = self._cache_counts()
-        self._finite_losses, self._termination, self._saved_step = FiniteLosses(), Termination(), -1
+        self._finite_losses, self._termination, self._saved_step = FiniteLosses(self.args.device), Termination(), -1
         self._evaluated = torch.zeros(2, device=self.args.device)  # sum of losses, number of labelled samples
         self.add_callback(_Hooks(self))
         self.callback_handler.callbacks.insert(0, _LastHook(self))
@@ -869,10 +869,9 @@ class DistillationTrainer(Trainer):
             if self.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)
             last = last_whole_checkpoint(folder.parent)
-            kept = (
-                "no earlier one is there" if last is None else f"{last} is whole, and resume_from_checkpoint finds it"
-            )
-            raise OSError(f"{folder} could not be written ({error}); {kept}. Make room, and start again") from error
+            kept = "none was written before" if last is None else f"the one before, {last}, is whole"
+            remedy = "make room, and start again" + ("" if last is None else " with resume_from_checkpoint=True")
+            raise OSError(f"{folder} could not be written ({error}); {kept}: {remedy}") from error
         (folder / UNFINISHED_NAME).unlink(missing_ok=True)
         self._saved_step = self.state.global_step
 
