@@ -9,6 +9,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from io import FileIO
 from pathlib import Path
 
 import datasets
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, Subset
 from transformers import PretrainedConfig
 
+from hfkd.checkpoints import check_writable
 from hfkd.checks import innermost
 from hfkd.data.decoded import default_root
 from hfkd.data.draws import splitmix
@@ -53,8 +55,9 @@ class _Rows:
     """
 
     def __init__(self, path: Path, rows: int, width: int, dtype: str | np.dtype):
-        self.values = _mapped(path, (rows, width), np.dtype(dtype))
-        self.checksums = _mapped(path.with_name(f"{path.name}.checksums"), (rows,), np.dtype(np.uint32))
+        self.paths = path, path.with_name(f"{path.name}.checksums")
+        self.values = _mapped(self.paths[0], (rows, width), np.dtype(dtype))
+        self.checksums = _mapped(self.paths[1], (rows,), np.dtype(np.uint32))
         words = width * self.values.itemsize // 2
         self._weights = splitmix(np.arange(words, dtype=np.uint64)) | np.uint64(1)
 
@@ -64,8 +67,13 @@ class _Rows:
         return values, self.checksums[positions] == self._checksums_of(values, positions)
 
     def write(self, positions: np.ndarray, values: np.ndarray) -> None:
-        self.values[positions] = values
-        self.checksums[positions] = self._checksums_of(values, positions)
+        # Not by way of the map, where a disk that is full kills the process.
+        values = np.ascontiguousarray(values, self.values.dtype)
+        starts = np.flatnonzero(np.diff(positions, prepend=-2) != 1)  # of rows that lie one behind the other
+        for path, rows in zip(self.paths, (values, self._checksums_of(values, positions)), strict=True):
+            with path.open("r+b", buffering=0) as file:
+                for start, end in zip(starts, [*starts[1:], len(rows)], strict=True):
+                    _write(file, rows[start:end].tobytes(), int(positions[start]) * rows[0].nbytes)
 
     def _checksums_of(self, values: np.ndarray, positions: np.ndarray) -> np.ndarray:
         # Not zlib's, which would take a call a row.
@@ -86,6 +94,21 @@ def _mapped(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     if path.stat().st_size < size:
         os.truncate(path, size)  # takes no space until it is written
     return np.asarray(np.memmap(path, dtype, mode="r+", shape=shape))
+
+
+def _write(file: FileIO, content: bytes, offset: int) -> None:
+    try:
+        written = os.pwrite(file.fileno(), content, offset)
+        if written < len(content):  # the disk's last bytes: the next attempt says why
+            written += os.pwrite(file.fileno(), content[written:], offset + written)
+        reason = None if written == len(content) else "only a part went in"
+    except OSError as error:
+        reason = error.strerror
+    if reason is not None:
+        raise OSError(
+            f"cannot write to {file.name} ({reason}): make room and start again, what is there is whole, or name a "
+            "folder on another disk in teacher_cache="
+        )
 
 
 class _Top:
@@ -202,7 +225,7 @@ class TeacherCache:
             folder = default_root() / _digest(json.dumps(self.identity, sort_keys=True).encode())
         self.top = _Top(identity["top_k"], classes, identity["dtype"]) if identity.get("top_k") is not None else None
         self.folder = Path(folder).expanduser()
-        self.folder.mkdir(parents=True, exist_ok=True)
+        check_writable(self.folder, "name another folder in teacher_cache=, or make room there")
         rows = (views + 1) * len(self.index)
         with self._locked():
             self._check_manifest()
@@ -291,6 +314,15 @@ class TeacherCache:
             layer: (outputs.logits if layer == _LOGITS else outputs.features[layer]).cpu()
             for layer, _ in self._arrays()
         }
+        for layer, values in answers.items():
+            wrong = ~values.isfinite().flatten(1).all(1)
+            if wrong.any():
+                some = batch["index"].cpu()[wrong][:8].tolist()
+                raise FloatingPointError(
+                    f"the teacher's {repr(layer) if layer else 'logits'}: NaN or infinite for {int(wrong.sum())} of "
+                    f"{len(wrong)} samples (index {', '.join(map(str, some))}); none of them is kept. Look at these "
+                    'samples and at the teacher (in half precision: teacher_dtype="float32")'
+                )
         answered = time.perf_counter()
         self.asking_seconds += answered - start
         kept = {}

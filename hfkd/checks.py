@@ -18,7 +18,6 @@ from torch.distributed.fsdp import CPUOffloadPolicy, StateDictType
 from torch.utils.data import Dataset, IterableDataset, Subset
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN
-from transformers.trainer_utils import get_last_checkpoint
 
 from hfkd.data import ImageDataset
 from hfkd.data.task_data import TEACHER_COLUMNS, TaskData
@@ -47,16 +46,6 @@ def check_run(model: nn.Module, args: TrainingArguments, eval_dataset: Dataset |
         )
     if os.path.isfile(args.output_dir):
         raise FileExistsError(f"output_dir {args.output_dir} is a file: name a folder, which may be a new one")
-
-
-def check_checkpoint(folder: str | bool, output_dir: str) -> None:
-    """Refuse to resume from where no checkpoint is."""
-    remedy = "name the folder of one, or leave out resume_from_checkpoint to start anew"
-    if folder is True:
-        if not os.path.isdir(output_dir) or get_last_checkpoint(output_dir) is None:
-            raise FileNotFoundError(f"{output_dir} holds no checkpoint-… to resume from: {remedy}")
-    elif not os.path.isfile(os.path.join(folder, "trainer_state.json")):
-        raise FileNotFoundError(f"{folder} is no checkpoint, it has no trainer_state.json: {remedy}")
 
 
 def check_dataset(dataset: Dataset | None, which: str) -> None:

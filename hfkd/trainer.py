@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ import numpy as np
 import safetensors.torch
 import torch
 from accelerate.utils import DynamoBackend, broadcast_object_list, gather_object
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
@@ -24,11 +26,20 @@ from torch.utils.data import Dataset, IterableDataset, Subset
 from tqdm.auto import tqdm
 from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer import FSDP_MODEL_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hfkd.cache import TeacherCache, describe, keep_on_host
+from hfkd.checkpoints import (
+    UNFINISHED_NAME,
+    check_writable,
+    checkpoint_to_resume,
+    faults_of,
+    last_whole_checkpoint,
+    list_files,
+    start_checkpoint,
+)
 from hfkd.checks import (
     check_cache,
-    check_checkpoint,
     check_columns,
     check_dataset,
     check_ensemble,
@@ -63,11 +74,13 @@ from hfkd.features import (
     run_model,
     use_channels_last,
 )
+from hfkd.finite import FiniteLosses
 from hfkd.labels import head_looks_new, named_labels
 from hfkd.modelcard import write_model_card
 from hfkd.models.loading import load_teacher
 from hfkd.sharding import load_whole_state, whole_state
 from hfkd.teacher import ColumnTeacher, DeferredTeacher, Teacher, TeacherEnsemble, Teachers, members_of
+from hfkd.termination import Termination
 from hfkd.training_args import DistillationTrainingArguments
 
 
@@ -100,12 +113,19 @@ class _DistillationModule(nn.Module):
         """Compile the forward pass; in place, so that nothing is wrapped and saved names stay what they are."""
         self._compiled = torch.compile(self._terms, **options)
 
-    def forward(self, batch: Mapping[str, Tensor], teacher: ModelOutputs | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss, a scalar, and what is logged: its terms and the distiller's figures, without gradient."""
+    def forward(
+        self, batch: Mapping[str, Tensor], teacher: ModelOutputs | None
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """Return the loss, a scalar, what is logged (its terms and the distiller's figures) and what it is made of.
+
+        All but the loss without gradient; the last by the sample, for :class:`~hfkd.finite.FiniteLosses`.
+        """
         with self._student, self._teacher:
             return self._compiled(batch, teacher)
 
-    def _terms(self, batch: Mapping[str, Tensor], teacher: ModelOutputs | None) -> tuple[Tensor, dict[str, Tensor]]:
+    def _terms(
+        self, batch: Mapping[str, Tensor], teacher: ModelOutputs | None
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         student = in_float32(self._student.run(batch))
         live_teacher = None
         if self.teacher is not None:
@@ -119,11 +139,17 @@ class _DistillationModule(nn.Module):
             terms = self.distiller(student, teacher, batch)
             if live_teacher is not None:
                 terms = {**terms, **self.distiller.teacher_terms(live_teacher, detached(student), batch)}
+            parts = {} if teacher is None else {"the teacher's logits": teacher.logits}
+            parts |= {} if teacher is None else {f"the teacher's {k!r}": v for k, v in teacher.features.items()}
+            parts |= {"the student's logits": student.logits, **{f"the term {k!r}": v for k, v in terms.items()}}
+            parts = {name: part.detach() for name, part in parts.items()}
             weight = batch.get("sample_weight")
+            if weight is not None:
+                parts["the weights of the samples"] = weight
             terms = {name: weighted_mean(term, name, weight) for name, term in terms.items()}
             loss = torch.stack(list(terms.values())).sum()
             figures = {name: value.mean() for name, value in self.distiller.logged_values().items()}
-        return loss, {name: value.detach() for name, value in {**terms, **figures}.items()}
+        return loss, {name: value.detach() for name, value in {**terms, **figures}.items()}, parts
 
     def predict(self, batch: Mapping[str, Tensor]) -> Tensor:
         """The scores that evaluation uses, (B, C), in float32."""
@@ -181,6 +207,9 @@ class _Hooks(TrainerCallback):
         if hasattr(dataset, "set_epoch"):
             dataset.set_epoch(self.trainer.context.epoch)
         self.trainer.distiller.on_epoch_begin(self.trainer.context)
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.trainer._finite_losses.check()
 
     def on_step_end(self, args, state, control, **kwargs):
         self.trainer.distiller.on_step_end(self.trainer.context)
@@ -272,6 +301,7 @@ class DistillationTrainer(Trainer):
         if teacher_model is not None and not distiller.needs_teacher:
             raise ValueError(f"{type(distiller).__name__} uses no teacher: leave out teacher_model, or choose KD()")
 
+        check_writable(args.output_dir, "name another output_dir, or make room there")
         super().__init__(
             model=model,
             args=args,
@@ -310,6 +340,7 @@ class DistillationTrainer(Trainer):
         self._term_sums: dict[str, Tensor] = {}
         self._term_count = 0
         self._cache_counts_before = self._cache_counts()
+        self._finite_losses, self._termination, self._saved_step = FiniteLosses(self.args.device), Termination(), -1
         self._evaluated = torch.zeros(2, device=self.args.device)  # sum of losses, number of labelled samples
         self.add_callback(_Hooks(self))
         self.callback_handler.callbacks.insert(0, _LastHook(self))
@@ -554,11 +585,6 @@ class DistillationTrainer(Trainer):
             return {}
         return self.eval_dataset if isinstance(self.eval_dataset, dict) else {"evaluation": self.eval_dataset}
 
-    def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        if resume_from_checkpoint:
-            check_checkpoint(resume_from_checkpoint, self.args.output_dir)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
-
     # Wrapping and optimizer
 
     def _compile_options(self) -> dict[str, Any] | None:
@@ -691,7 +717,9 @@ class DistillationTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         batch = self._with_labels(inputs)
         teacher = None if self.teacher is None else self.context.teacher(self._with_view(batch))
-        loss, terms = model({name: column for name, column in batch.items() if isinstance(column, Tensor)}, teacher)
+        tensors = {name: column for name, column in batch.items() if isinstance(column, Tensor)}
+        loss, terms, parts = model(tensors, teacher)
+        self._finite_losses.watch(loss, parts, batch, self.state.global_step + 1)
         for name, term in terms.items():
             self._term_sums[name] = self._term_sums.get(name, 0) + term
         self._term_count += 1
@@ -985,6 +1013,65 @@ class DistillationTrainer(Trainer):
         }
 
     # Saving and resuming
+
+    def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
+        """As in ``transformers.Trainer``, but for what a run meets that is cut short.
+
+        SIGTERM writes a checkpoint behind the step under way (on several processes, behind the next one) and exits
+        with status 143, unless another handler is installed. Checkpoints that are not whole are never resumed from.
+
+        Args:
+            resume_from_checkpoint: A checkpoint's folder, or True for the last whole one of ``output_dir``.
+            trial: As in ``transformers.Trainer``.
+            ignore_keys_for_eval: As in ``transformers.Trainer``.
+
+        Raises:
+            ValueError: If there is no whole checkpoint to resume from.
+            FloatingPointError: If a loss is not finite, before the step is taken.
+            OSError: If a checkpoint could not be written.
+            SystemExit: On SIGTERM.
+        """
+        if resume_from_checkpoint:
+            resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
+        with self._termination.watched():
+            output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            if self._termination.came_too_late():
+                raise SystemExit(self._termination.exit_status)
+        return output
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        is_due = self._termination.is_due()
+        self.control.should_save |= is_due
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        if is_due:
+            if self._saved_step != self.state.global_step:  # an evaluation that was not the best
+                self._save_checkpoint(self.model, None)
+            raise SystemExit(self._termination.exit_status)
+
+    def _save_checkpoint(self, model, trial):
+        folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        try:
+            if self.args.should_save:
+                start_checkpoint(folder)
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if not faults_of(folder):  # written, and not uploaded
+                raise
+            if self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)
+            last = last_whole_checkpoint(folder.parent)
+            kept = "none was written before" if last is None else f"the one before, {last}, is whole"
+            remedy = "make room, and start again" + ("" if last is None else " with resume_from_checkpoint=True")
+            raise OSError(f"{folder} could not be written ({error}); {kept}: {remedy}") from error
+        (folder / UNFINISHED_NAME).unlink(missing_ok=True)
+        self._saved_step = self.state.global_step
+
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # each process writes its own
+        if self.args.should_save:
+            list_files(Path(output_dir))
 
     def _save(self, output_dir=None, state_dict=None):
         with self.distiller.folded(self.model):

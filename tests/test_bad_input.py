@@ -358,9 +358,9 @@ CASES = [
     ("output_dir is a file", lambda f: (config(f, "", "out"), image(f)),
      FileExistsError, ["output_dir", "is a file", "name a folder"]),
     ("resume from nowhere", lambda f: image(f, "--resume_from_checkpoint", f / "checkpoint-9"),
-     FileNotFoundError, ["checkpoint-9 is no checkpoint", "leave out resume_from_checkpoint"]),
+     ValueError, ["checkpoint-9 is no whole checkpoint: there is no such folder", "start a new run"]),
     ("resume where nothing is", lambda f: image(f, "--resume_from_checkpoint", "True"),
-     FileNotFoundError, ["holds no checkpoint", "leave out resume_from_checkpoint"]),
+     ValueError, ["has no whole checkpoint", "start a new run, without resume_from_checkpoint"]),
     # Files of flags
     ("no file of flags", lambda f: run(run_image_kd, f, f / "none.yaml"),
      FileNotFoundError, ["no file", "none.yaml", "correct the first argument"]),

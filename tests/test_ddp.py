@@ -104,6 +104,16 @@ def test_resume_in_mid_epoch_is_exact_on_two_processes(two_processes):
     assert_identical(ranks[0]["weights"], ranks[1]["weights"])
 
 
+def test_sigterm_to_one_process_stops_both_at_one_step(two_processes):
+    """Behind the next step, and what was saved goes on as if nobody had asked."""
+    ranks = two_processes["terminated"]
+    if "upstream" in ranks[0]:
+        pytest.skip(ranks[0]["upstream"])
+    assert ranks[0] == ranks[1]
+    assert (ranks[0]["status"], ranks[0]["step"], ranks[0]["difference"]) == (143, 2, 0.0)
+    assert ranks[0]["checkpoint"].endswith("checkpoint-2")
+
+
 def test_processes_fill_and_read_one_cache(two_processes, one_process):
     """Of 16 samples each process asks for those it meets first, and in the second run nobody asks."""
     ranks, expected = two_processes["cached"], one_process("cached")

@@ -19,6 +19,7 @@ from helpers import (
     weights,
 )
 
+from hfkd.checkpoints import FILES_NAME
 from hfkd.distillers import KD, Combined
 from hfkd.trainer import DISTILLER_NAME, load_weights
 
@@ -115,6 +116,7 @@ def test_the_distillers_file_missing_is_named(tmp_path):
     trainer = learning(tmp_path, "bert", Weighted(), tiny_teacher("bert"))
     trainer.train()
     (tmp_path / "checkpoint-6" / DISTILLER_NAME).unlink()
+    (tmp_path / "checkpoint-6" / FILES_NAME).unlink()  # else that is who says so
     with pytest.raises(FileNotFoundError, match="distiller.safetensors is missing, and Weighted has state to restore"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
 

@@ -6,6 +6,8 @@ python -m torch.distributed.run --nproc_per_node=2 tests/two_processes.py FOLDER
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -26,7 +28,9 @@ from helpers import (
     weights,
 )
 from torch.nn.parallel import DistributedDataParallel
+from transformers import TrainerCallback
 
+from hfkd.checkpoints import last_whole_checkpoint
 from hfkd.distillers import AKD, CRD, KD, KDAIF, TTM, VID, Combined, InContextKD, SelfDistillation
 
 
@@ -245,28 +249,28 @@ def second_train(folder) -> dict:
     return {"weights": weights(student, distiller)}
 
 
+def resumable(folder):
+    """AdamW, dropout, accumulation; a checkpoint after step 3 of 4 a process and epoch."""
+    return make_trainer(
+        Path(folder, "shared"),
+        tiny("vit", dropout=0.1),
+        tiny_teacher("vit"),
+        Combined({"a": Weighted(), "b": Bank()}, task_from="a"),
+        rows("vit", 16),
+        max_steps=6,
+        optim="adamw_torch",
+        learning_rate=1e-3,
+        save_strategy="steps",
+        save_steps=3,
+        gradient_accumulation_steps=2,
+        per_device_train_batch_size=2 // WORLD,
+    )
+
+
 def resume(folder) -> dict:
-    """AdamW, dropout, accumulation; interrupted after step 3 of 4 a process and epoch."""
-
-    def trainer(name):
-        return make_trainer(
-            Path(folder, name),
-            tiny("vit", dropout=0.1),
-            tiny_teacher("vit"),
-            Combined({"a": Weighted(), "b": Bank()}, task_from="a"),
-            rows("vit", 16),
-            max_steps=6,
-            optim="adamw_torch",
-            learning_rate=1e-3,
-            save_strategy="steps",
-            save_steps=3,
-            gradient_accumulation_steps=2,
-            per_device_train_batch_size=2 // WORLD,
-        )
-
-    whole = trainer("shared")
+    whole = resumable(folder)
     whole.train()
-    resumed = trainer("shared")
+    resumed = resumable(folder)
     try:
         resumed.train(resume_from_checkpoint=str(Path(folder, "shared", "checkpoint-3")))
     except RuntimeError as error:
@@ -275,6 +279,37 @@ def resume(folder) -> dict:
         return {"upstream": "this transformers loads no optimizer on several CPU processes"}
     one, other = (weights(t.model, t.distiller) for t in (whole, resumed))
     return {"difference": largest_difference(one, other), "weights": one}
+
+
+def terminated(folder) -> dict:
+    """The last process alone gets SIGTERM, on its way to step 1."""
+
+    class Terminate(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 0 and rank() == WORLD - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        on_save = on_step_begin
+
+    whole = resumable(folder / "whole")
+    whole.train()
+    trainer = resumable(folder)
+    trainer.add_callback(Terminate())
+    status = None
+    try:
+        trainer.train()
+    except SystemExit as stopped:
+        status = stopped.code
+    step, checkpoint = trainer.state.global_step, str(last_whole_checkpoint(Path(folder, "shared")))
+    resumed = resumable(folder)
+    try:
+        resumed.train(resume_from_checkpoint=True)
+    except RuntimeError as error:
+        if "tagged with cpu:0" not in str(error):
+            raise
+        return {"upstream": "this transformers loads no optimizer on several CPU processes"}
+    one, other = (weights(t.model, t.distiller) for t in (whole, resumed))
+    return {"status": status, "step": step, "checkpoint": checkpoint, "difference": largest_difference(one, other)}
 
 
 def averages(folder) -> dict:
@@ -393,6 +428,7 @@ SCENARIOS = {
     "evaluation": evaluation,
     "second_train": second_train,
     "resume": resume,
+    "terminated": terminated,
     "term_logs": term_logs,
     "averages": averages,
     "cached": cached,
