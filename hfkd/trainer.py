@@ -348,7 +348,7 @@ class DistillationTrainer(Trainer):
         ]
         use_channels_last(self.teacher_model)
         own, other = (sum(p.numel() for p in model.parameters()) for model in (self.model, self.teacher_model))
-        if unlike and other < own:
+        if unlike and other < 0.9 * own:  # two nets of one size differ in their shortcuts or heads
             warnings.warn(
                 f"the teacher has {other:,} parameters and the student {own:,}: are they swapped (model= is the "
                 "student)?",
@@ -494,10 +494,10 @@ class DistillationTrainer(Trainer):
             return {}
         return self.eval_dataset if isinstance(self.eval_dataset, dict) else {"evaluation": self.eval_dataset}
 
-    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+    def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
         if resume_from_checkpoint:
             check_checkpoint(resume_from_checkpoint, self.args.output_dir)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     # Wrapping and optimizer
 
