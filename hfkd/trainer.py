@@ -440,7 +440,7 @@ class DistillationTrainer(Trainer):
         ]
         use_channels_last(self.teacher_model)
         own, other = (sum(p.numel() for p in model.parameters()) for model in (self.model, self.teacher_model))
-        if unlike and other < own:
+        if unlike and other < 0.9 * own:  # two nets of one size differ in their shortcuts or heads
             warnings.warn(
                 f"the teacher has {other:,} parameters and the student {own:,}: are they swapped (model= is the "
                 "student)?",
