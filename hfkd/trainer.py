@@ -1046,6 +1046,7 @@ class DistillationTrainer(Trainer):
         if is_due:
             if self._saved_step != self.state.global_step:  # an evaluation that was not the best
                 self._save_checkpoint(self.model, None)
+            self.accelerator.wait_for_everyone()  # the first to exit has its launcher end the others
             raise SystemExit(self._termination.exit_status)
 
     def _save_checkpoint(self, model, trial):

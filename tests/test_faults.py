@@ -322,7 +322,7 @@ DAMAGE = [
     ("trainer_state.json", 200, "trainer_state.json, which is written last, is missing or cut short"),
     ("trainer_state.json", None, "trainer_state.json, which is written last, is missing or cut short"),
     (FILES_NAME, 20, "files.json is damaged"),
-    ("model-00002-of-00003.safetensors", None, "model-00002-of-00003.safetensors is missing"),
+    ("model-00002-of-*.safetensors", None, r"model-00002-of-\d+.safetensors is missing"),
 ]
 
 
@@ -346,7 +346,6 @@ def saved(tmp_path_factory):
     save = trainer.model.save_pretrained
     trainer.model.save_pretrained = lambda *args, **kwargs: save(*args, **{**kwargs, "max_shard_size": "10KB"})
     trainer.train()
-    shutil.copytree(folder / "checkpoint-4", folder / "sharded")
     whole = short(folder / "plain")
     whole.train()
     return folder, weights(whole.model, whole.distiller)
@@ -360,7 +359,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, save
         origin = folder / f"checkpoint-{step}" if is_sharded else folder / "plain" / f"checkpoint-{step}"
         shutil.copytree(origin, tmp_path / f"checkpoint-{step}")
     assert not faults_of(tmp_path / "checkpoint-4")
-    damage(tmp_path / "checkpoint-4" / name, length)
+    (path,) = (tmp_path / "checkpoint-4").glob(name)
+    damage(path, length)
     trainer = short(tmp_path)
     with pytest.raises(ValueError, match=rf"checkpoint-4 is no whole checkpoint: .*{message}.*: resume from .*-2, w"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
@@ -454,7 +454,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_training(tmp_path):
 
 @pytest.mark.parametrize("goes_in", [None, 3], ids=["refused", "cut"])
 def test_a_disk_that_fills_up_under_the_cache_is_named(tmp_path, monkeypatch, goes_in):
-    trainer = short(tmp_path, teacher_cache=str(tmp_path / "cache"))
+    trainer = short(tmp_path / "run", teacher_cache=str(tmp_path / "cache"))
     write = os.pwrite
 
     def full(file, content, offset):
@@ -466,7 +466,7 @@ def test_a_disk_that_fills_up_under_the_cache_is_named(tmp_path, monkeypatch, go
     with pytest.raises(OSError, match=r"cannot write to .*logits \(.+\): make room and start again, what is there is"):
         trainer.train()
     monkeypatch.undo()
-    again = short(tmp_path, teacher_cache=str(tmp_path / "cache"))
+    again = short(tmp_path / "again", teacher_cache=str(tmp_path / "cache"))
     again.train()
     other = short(tmp_path / "other", teacher_cache=str(tmp_path / "other_cache"))
     other.train()
@@ -600,7 +600,7 @@ def test_a_scalar_term_is_named():
 
 
 def test_the_cache_keeps_no_answer_that_is_no_number(tmp_path):
-    trainer, _ = finite_run(tmp_path, "teacher", float("nan"), teacher_cache=str(tmp_path / "cache"))
+    trainer, _ = finite_run(tmp_path / "run", "teacher", float("nan"), teacher_cache=str(tmp_path / "cache"))
     with pytest.raises(FloatingPointError, match=r"logits: NaN or infinite for 2 of 4 samples \(index 9, 11\)"):
         trainer.train()
     assert trainer.cache.missing(0).tolist() == list(range(8, 16))

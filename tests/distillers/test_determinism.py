@@ -51,7 +51,6 @@ def test_a_seed_is_a_run(tmp_path, method, arguments):
         unsettle(i)
         # Its models are the same for all: what differs are draws of the method and of the training.
         _, trainer = build(tmp_path, method, arguments, student=with_dropout, seed=seed)
-        unsettle(10 + i)
         runs.append(trained(trainer))
     assert are_equal(runs[0], runs[1])
     assert not are_equal(runs[0], runs[2])
