@@ -63,7 +63,7 @@ class DataArguments:
     )
     rand_augment: str | None = field(default=None, metadata={"help": "A timm specification such as rand-m9-mstd0.5."})
     views: int | None = field(
-        default=None, metadata={"help": "Draw augmentation from so many views of a sample, as --teacher_cache needs."}
+        default=None, metadata={"help": "Draw augmentation from so many views of a sample; 16 with --teacher_cache."}
     )
     mixup_alpha: float = field(default=0.0, metadata={"help": "Mixup on the batch."})
     cutmix_alpha: float = field(default=0.0, metadata={"help": "CutMix on the batch."})

@@ -385,11 +385,6 @@ def check_cache(args: TrainingArguments, dataset: Dataset | None, teacher: nn.Mo
     inner = innermost(dataset)
     if getattr(inner, "soft_labels", False):
         raise ValueError(f"Mixup and CutMix make samples that never come again: turn them off, {remedy}")
-    if getattr(inner, "is_augmented", False) and inner.number_of_views is None:
-        raise ValueError(
-            "the training set is augmented anew in every epoch: pass ImageDataset(..., views=V) to draw from V views "
-            f"of each sample, which the teacher's cache then holds, {remedy}"
-        )
     if isinstance(inner, datasets.Dataset) and inner.format["type"] == "custom":
         raise ValueError(
             "the training set has a transform, which may give other inputs each time: store what it makes with "

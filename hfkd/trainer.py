@@ -540,6 +540,9 @@ class DistillationTrainer(Trainer):
 
     def _set_up_cache(self) -> None:
         """Open the store of the teacher's answers, which from now on stands before the teacher."""
+        images = innermost(self.train_dataset)
+        if isinstance(images, ImageDataset):
+            images.number_views()
         check_cache(self.args, self.train_dataset, self.teacher_model)
         with self.compute_loss_context_manager():
             precision = self.teacher.precision
@@ -813,6 +816,8 @@ class DistillationTrainer(Trainer):
     def _report_teacher(self) -> None:
         if self.label_scale != 1:
             self.log({"label_scale": self.label_scale})
+        if self.cache is not None and self.cache.views:
+            self.log({"teacher_cache_views": self.cache.views})
         if isinstance(self.teacher, ColumnTeacher):  # which says nothing about the evaluation set
             answers = self._answers(self._ask_teacher, self.train_dataset, max_samples=1000)
             self.log({f"teacher_train_{name}": value for name, value in self._score(*answers[:2]).items()})

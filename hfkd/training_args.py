@@ -16,8 +16,9 @@ class DistillationTrainingArguments(TrainingArguments):
     Memory is pinned only where there is an accelerator to copy to, and then a step does not wait for the copy.
 
     ``teacher_cache=True`` keeps what the teacher says on disk (:class:`hfkd.cache.TeacherCache`), in ``HFKD_CACHE`` or
-    ``~/.cache/hfkd``; a string is the folder to keep it in. Under augmentation the training set must number its views:
-    ``ImageDataset(..., views=V)``. ``teacher_cache_top_k`` is for many classes; what it leaves out is said there.
+    ``~/.cache/hfkd``; a string is the folder to keep it in. An augmented :class:`~hfkd.data.ImageDataset`
+    then shows 16 views of a sample unless it was made with another number of them. ``teacher_cache_top_k`` is for many
+    classes; what it leaves out is said there.
 
     Raises:
         ValueError: If a value is out of range.

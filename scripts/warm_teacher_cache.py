@@ -1,6 +1,6 @@
 """Fill a teacher's cache before training, with the flags of the run that will read it.
 
-    python scripts/warm_teacher_cache.py run_image_kd --dataset cifar10 --teacher TEACHER --student resnet20 --views 4
+    python scripts/warm_teacher_cache.py run_image_kd --dataset cifar10 --teacher TEACHER --student resnet20
     torchrun --nproc_per_node 2 scripts/warm_teacher_cache.py run_glue_kd --task mrpc --teacher MODEL --use_cpu
 
 The first word is the example that will train; behind it come its flags (or its YAML file), of which all that change

@@ -468,11 +468,29 @@ def test_a_subset_of_images_is_kept_by_its_numbers(tmp_path):
     assert trainer.cache.index.tolist() == [10, 24, 31, 45]
 
 
+@pytest.mark.parametrize(
+    ("options", "views"),
+    [
+        ({"augment": "crop_flip"}, 16),
+        ({"augment": "flip"}, 2),
+        ({"rand_augment": "rand-m9-mstd0.5"}, 16),
+        ({"augment": "crop_flip", "views": 4}, 4),
+        ({}, 0),
+    ],
+)
+def test_augmentation_without_numbered_views_gets_sixteen(tmp_path, options, views):
+    for name, part in (("whole", lambda rows: rows), ("part", lambda rows: Subset(rows, [0, 1]))):
+        dataset = images(**options)
+        trainer = cached(tmp_path / name, "cifar", dataset=part(dataset), max_steps=2)
+        assert trainer.cache.views == views == (dataset.number_of_views or 0)
+        trainer.train()
+        assert {row["teacher_cache_views"] for row in trainer.state.log_history if "teacher_cache_views" in row} == (
+            {views} if views else set()
+        )
+
+
 @pytest.mark.parametrize("options", [{"augment": "crop_flip"}, {"rand_augment": "rand-m9-mstd0.5"}])
-def test_augmentation_without_numbered_views_is_refused(tmp_path, options):
-    for dataset in (images(**options), Subset(images(**options), [0, 1])):
-        with pytest.raises(ValueError, match=r"augmented anew in every epoch: pass ImageDataset\(..., views=V\)"):
-            cached(tmp_path, "cifar", dataset=dataset)
+def test_mixtures_are_refused(tmp_path, options):
     with pytest.raises(ValueError, match="Mixup and CutMix make samples that never come again"):
         cached(tmp_path, "cifar", dataset=images(mixup_alpha=0.2, num_labels=NUM_LABELS, **options))
 

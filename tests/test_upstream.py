@@ -27,7 +27,6 @@ OVERRIDDEN = {
     "prediction_step": ["model", "inputs", "prediction_loss_only", "ignore_keys"],
     "evaluation_loop": ["dataloader", "description", "prediction_loss_only", "ignore_keys", "metric_key_prefix"],
     "log": ["logs", "start_time"],
-    "train": ["resume_from_checkpoint", "trial", "ignore_keys_for_eval"],
     "_maybe_log_save_evaluate": None,
     "_save_checkpoint": ["model", "trial"],
     "_save_rng_state": ["output_dir"],

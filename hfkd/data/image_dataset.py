@@ -27,6 +27,7 @@ AUGMENTATIONS = (None, "flip", "crop", "crop_flip")
 # Beyond this, decoded images of a whole set no longer fit a usual memory.
 _SMALL = 64
 _MANY = 5000  # whose decoding one notices
+DEFAULT_VIEWS = 16
 _RESAMPLING = (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC)
 _GREY_MODES = ("1", "L")
 _GREY_WEIGHTS = (0.299, 0.587, 0.114)
@@ -69,7 +70,8 @@ class ImageDataset(Dataset):
         cutmix_alpha: CutMix, likewise; with both, each batch gets one or the other.
         num_labels: Number of classes; needed for Mixup and CutMix.
         seed: Of the draws: a run's ``data_seed``.
-        views: V, how many different augmentations of a sample there are; None is as many as there are epochs.
+        views: V, how many different augmentations of a sample there are; None is as many as there are epochs, and 16
+            with a teacher's cache.
 
     Raises:
         ValueError: If the split, the augmentation or the labels do not fit.
@@ -181,6 +183,14 @@ class ImageDataset(Dataset):
     def is_augmented(self) -> bool:
         """Whether a sample differs from epoch to epoch."""
         return self._shown_view is None and any((self.augment, self.rand_augment, self.mixup))
+
+    def number_views(self) -> None:
+        """Where augmentation is endless, draw from 16 views of a sample from now on, or from all that there are.
+
+        A teacher's cache needs numbered views; 16 is what docs/benchmarks.md found.
+        """
+        if self.is_augmented and self.number_of_views is None and self.mixup is None:
+            self.number_of_views = min(DEFAULT_VIEWS, self.outcomes or DEFAULT_VIEWS)
 
     @property
     def outcomes(self) -> int | None:
