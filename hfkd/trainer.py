@@ -261,8 +261,8 @@ class DistillationTrainer(Trainer):
         # transformers before 5.20 has no `loss_is_scaled_for_ga` and asks this instead.
         self.model_accepts_loss_kwargs = False
         check_processes(self.args, self.accelerator)
-        # Else Accelerate compiles too, and around DDP.
-        self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
+        if self.args.torch_compile:  # which _wrap_model does: Accelerate would compile around DDP
+            self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
 
         self.held_out_dataset = held_out_dataset
         self.distiller = distiller
