@@ -322,8 +322,8 @@ class DistillationTrainer(Trainer):
                 raise ValueError("torch_compile=True is not supported under FSDP: drop one of the two")
             check_sharding(self.accelerator.state.fsdp_plugin, self.model)
             self.model.to(self.args.device)  # which transformers leaves to the sharding, and setup runs the student
-        # Else Accelerate compiles too, and around DDP.
-        self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
+        if self.args.torch_compile:  # which _wrap_model does: Accelerate would compile around DDP
+            self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
 
         self.held_out_dataset = held_out_dataset
         self.distiller = distiller
