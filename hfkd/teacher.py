@@ -5,13 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from hfkd.distillers.base import HardLabelLoss, ModelOutputs, autocast_off, check_temperature
-from hfkd.features import in_float32, run_model
+from hfkd.features import at_model, in_float32, run_model
 
 
 class TeacherEnsemble(nn.Module):
@@ -98,14 +97,17 @@ class Teacher:
     """A frozen model that is asked at every step.
 
     It sees the columns ``teacher_…`` of a batch where there are any, in the precision of the surrounding autocast, or
-    in its own ``dtype``.
+    in its own ``dtype``. One loaded with ``device_map`` stays where that put it: inputs go there, outputs come back.
 
     Args:
-        model: A classifier; put into evaluation mode, its parameters frozen.
+        model: A classifier, perhaps quantised; put into evaluation mode, its parameters frozen.
         layers: Module paths to capture.
         label_order: For each of the student's classes the teacher's index of it; None where the orders agree.
         dtype: Precision of its own, outside autocast; None follows the student.
         device: Where it runs.
+
+    Raises:
+        ValueError: If a quantised model is to have another precision.
     """
 
     def __init__(
@@ -117,11 +119,23 @@ class Teacher:
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
     ):
+        is_packed = any(not isinstance(value, Tensor) for value in model.state_dict().values())
+        if is_packed and dtype is None:
+            dtype = torch.float32  # torch's own quantised layers take nothing else
         if dtype not in (None, next(model.parameters()).dtype):
+            if is_packed or getattr(model, "is_quantized", False):
+                raise ValueError(
+                    f"a quantised teacher cannot be turned into {dtype}: leave out teacher_dtype, and load it with "
+                    "from_pretrained(..., dtype=...) in the precision that its other layers should have"
+                )
             model = copy.deepcopy(model).to(dtype)  # the caller's stays as it is
-        self.model = model.eval().requires_grad_(False).to(device)
-        self.layers, self.dtype, self.device = tuple(layers), dtype, device
+        self.model = model.eval().requires_grad_(False)
         self.label_order = None if label_order is None else torch.tensor(label_order, device=device)
+        if hasattr(model, "hf_device_map"):
+            device = None
+        else:
+            self.model.to(device)
+        self.layers, self.dtype, self.device = tuple(layers), dtype, device
 
     @property
     def precision(self) -> str:
@@ -148,10 +162,11 @@ class Teacher:
         if self.dtype is not None:
             batch = {k: v.to(self.dtype) if v.is_floating_point() else v for k, v in batch.items()}
         with nullcontext() if self.dtype is None else autocast_off(next(self.model.parameters()).device):
-            outputs = run_model(self.model, batch, layers=self.layers, prefix="teacher_")
-        if self.label_order is None:
-            return outputs
-        return replace(outputs, logits=outputs.logits[:, self.label_order])
+            outputs = run_model(self.model, at_model(self.model, batch), layers=self.layers, prefix="teacher_")
+        here = next(column.device for column in batch.values() if isinstance(column, Tensor))
+        features = {name: feature.to(here) for name, feature in outputs.features.items()}
+        logits = outputs.logits.to(here)
+        return ModelOutputs(logits if self.label_order is None else logits[:, self.label_order], features=features)
 
 
 class DeferredTeacher(Teacher):
