@@ -79,7 +79,7 @@ def test_an_adapter_is_saved_as_one_merges_and_resumes(tmp_path, family):
     learned = answers(whole.model, family)
     assert (learned - answers(make().model, family)).abs().max() > 0.01
     loaded = PeftModel.from_pretrained(tiny(family), checkpoint)
-    torch.testing.assert_close(answers(loaded, family), learned, rtol=0, atol=1e-6)
+    torch.testing.assert_close(answers(loaded, family), learned, rtol=1e-5, atol=1e-5)
     merged = loaded.merge_and_unload()
     torch.testing.assert_close(answers(merged, family), learned, rtol=1e-5, atol=1e-5)
     merged.save_pretrained(tmp_path / "merged")
@@ -159,7 +159,7 @@ def test_an_adapted_teacher_is_the_merged_one(tmp_path, family):
     without = tiny(family)
     make_trainer(tmp_path, without, tiny_teacher(family), KD(), rows(family), learning_rate=0.01).train()
     assert largest_difference(*students) <= 1e-5
-    assert largest_difference(students[0], weights(without)) > 1e-3
+    assert largest_difference(students[0], weights(without)) > 1e-4
 
 
 def test_features_of_an_adapted_teacher_are_the_merged_ones(tmp_path):
