@@ -46,7 +46,7 @@ def test_frozen_and_unused_parameters_equal_one_process(two_processes, one_proce
     assert largest_difference(ranks[0], one_process("idle")[find_unused]) <= 1e-9
 
 
-@pytest.mark.parametrize(("precision", "tolerance"), [("double", 1e-9), ("bf16", 1e-2)])
+@pytest.mark.parametrize(("precision", "tolerance"), [("double", 1e-9), ("bf16", 2e-3)])
 def test_adapted_students_equal_one_process(two_processes, one_process, precision, tolerance):
     ranks = [result[precision] for result in two_processes["adapted"]]
     assert_identical(ranks[0], ranks[1])

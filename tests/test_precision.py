@@ -25,7 +25,7 @@ from helpers import (
 from torch._subclasses.fake_tensor import FakeTensorMode
 from two_processes import with_idle_parts
 
-from hfkd.distillers import CAM, DML, KD, HiddenStates, ModelOutputs
+from hfkd.distillers import CAM, DML, KD, PKT, RKD, SP, HiddenStates, ModelOutputs
 from hfkd.features import in_float32, probe
 from hfkd.functional import kd_loss
 from hfkd.teacher import Teacher
@@ -116,7 +116,7 @@ def test_losses_are_finite_for_two_classes_and_a_thousand(tmp_path, method, argu
 
 @every_method
 def test_an_epoch_may_end_in_a_batch_of_one(tmp_path, method, arguments):
-    """Nine rows in batches of eight. The terms that compare samples with each other are then 0, or have but one."""
+    """Nine rows in batches of eight. Where samples are only compared with each other, there is nothing to learn."""
     _, trainer = build(
         tmp_path, method, arguments, data=lambda family, n=9, **options: rows(family, n, **options), max_steps=2
     )
@@ -125,6 +125,10 @@ def test_an_epoch_may_end_in_a_batch_of_one(tmp_path, method, arguments):
     assert len(entries) == 2
     for entry in entries:
         assert all(torch.isfinite(torch.tensor(value)) for value in entry.values())
+    if method in (SP, RKD, PKT):
+        name = method.__name__.lower()
+        assert entries[0][name] > 0
+        assert entries[1][name] == 0
 
 
 @pytest.mark.parametrize(("batch", "accumulation", "shares"), [(8, 1, [[8], [1]]), (4, 2, [[4, 4], [1]])])
