@@ -8,16 +8,19 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from io import FileIO
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
 import pyarrow
 import torch
 from filelock import FileLock
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.data import Dataset, IterableDataset, Subset
 from transformers import PretrainedConfig
 
@@ -516,9 +519,30 @@ def _digest_of_model(model: nn.Module) -> str:
     for name, tensor in stored_tensors(model.name_or_path) if is_outline else sorted(model.state_dict().items()):
         if name.endswith(BATCH_COUNT):
             continue
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(f"{name} ".encode())
+        for part in _raw(tensor):
+            digest.update(part)
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            adapters = module.active_adapters, module.disable_adapters, module.merged_adapters
+            digest.update(f"{name} {adapters} {getattr(module, 'scaling', None)}".encode())
     return digest.hexdigest()
+
+
+def _raw(value: Any) -> Iterator[bytes]:
+    """What a state holds under a name, as bytes: a tensor, or the parts of a quantised one."""
+    if isinstance(value, (tuple, list)):
+        for part in value:
+            yield from _raw(part)
+    elif not isinstance(value, Tensor):
+        yield repr(value).encode()
+    elif is_traceable_wrapper_subclass(value):
+        for name in value.__tensor_flatten__()[0]:
+            yield from _raw(getattr(value, name))
+    else:
+        value = value.dequantize() if value.is_quantized else value
+        yield f"{value.dtype} {tuple(value.shape)}".encode()
+        yield value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
 
 
 def _content(dataset: Dataset, columns: Sequence[str]) -> tuple[np.ndarray, Callable[[np.ndarray], bytes]]:

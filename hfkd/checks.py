@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, StateDictType
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import Dataset, IterableDataset, Subset
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN
@@ -310,6 +311,29 @@ def check_head(teacher: nn.Module, whose: str = "the teacher") -> None:
         raise ValueError(
             f"the classifier of {whose} ({type(teacher).__name__}) is freshly initialised: it would teach noise. "
             "Fine-tune it first (in the examples: --train_teacher), or load a checkpoint with its head"
+        )
+
+
+def check_adapter(model: nn.Module, whose: str = "the student") -> None:
+    """Refuse to train an adapted model whose BatchNorm would learn statistics that no adapter holds."""
+    if base_model(model) is model:
+        return
+    modes = {module: module.training for module in model.modules()}
+    model.train()  # as the trainer does; layers that stay in evaluation mode learn nothing
+    moving = [
+        name.split(".")
+        for name, module in base_model(model).named_modules()
+        if isinstance(module, _BatchNorm) and module.training and module.running_mean is not None
+    ]
+    for module, mode in modes.items():
+        module.training = mode
+    moving = [parts for parts in moving if not {"modules_to_save", "original_module"} & {*parts}]
+    if moving:
+        names = sorted({".".join(parts[-2:] if parts[-1].isdigit() else parts[-1:]) for parts in moving})
+        raise ValueError(
+            f"the adapter of {whose} leaves out the running statistics of its {len(moving)} BatchNorm layers, which "
+            "training moves: what is saved would predict otherwise. Add them to its PEFT configuration: "
+            f"modules_to_save=[..., {', '.join(map(repr, names))}]"
         )
 
 

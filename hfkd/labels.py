@@ -49,7 +49,8 @@ def head_looks_new(model: nn.Module) -> bool:
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
     if not linear or linear[-1].bias is None or linear[-1].bias.is_meta:
         return False
-    weight, bias = linear[-1].weight.detach().float(), linear[-1].bias.detach().float()
+    # Of float32 weights themselves, of quantised ones what they stand for.
+    weight, bias = linear[-1].weight.detach().dequantize(), linear[-1].bias.detach().float()
     spread, count = weight.std().item(), weight.numel()
     configured = getattr(getattr(model, "config", None), "initializer_range", None)
     if configured is not None and (bias == 0).all():

@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hfkd.distillers.base import HardLabelLoss, ModelOutputs, autocast_off, check_temperature
-from hfkd.features import Capture, in_float32, select_inputs
+from hfkd.features import Capture, at_model, in_float32, select_inputs
 
 
 class TeacherEnsemble(nn.Module):
@@ -99,16 +98,19 @@ class Teacher:
     """A frozen model that is asked at every step.
 
     It sees the columns ``teacher_…`` of a batch where there are any, in the precision of the surrounding autocast, or
-    in its own ``dtype``.
+    in its own ``dtype``. One loaded with ``device_map`` stays where that put it: inputs go there, outputs come back.
 
     Args:
-        model: A classifier; put into evaluation mode, its parameters frozen.
+        model: A classifier, perhaps quantised; put into evaluation mode, its parameters frozen.
         layers: Module paths to capture.
         label_order: For each of the student's classes the teacher's index of it; None where the orders agree.
         dtype: Precision of its own, outside autocast; None follows the student.
         device: Where it runs.
         compile_options: Of torch.compile; None runs it as it is. Only what is asked here is compiled: the model itself
             stays as it was for others.
+
+    Raises:
+        ValueError: If a quantised model is to have another precision.
     """
 
     def __init__(
@@ -121,11 +123,23 @@ class Teacher:
         device: torch.device | None = None,
         compile_options: Mapping[str, Any] | None = None,
     ):
+        is_packed = any(not isinstance(value, Tensor) for value in model.state_dict().values())
+        if is_packed and dtype is None:
+            dtype = torch.float32  # torch's own quantised layers take nothing else
         if dtype not in (None, next(model.parameters()).dtype):
+            if is_packed or getattr(model, "is_quantized", False):
+                raise ValueError(
+                    f"a quantised teacher cannot be turned into {dtype}: leave out teacher_dtype, and load it with "
+                    "from_pretrained(..., dtype=...) in the precision that its other layers should have"
+                )
             model = copy.deepcopy(model).to(dtype)  # the caller's stays as it is
-        self.model = model.eval().requires_grad_(False).to(device)
-        self.dtype, self.device = dtype, device
+        self.model = model.eval().requires_grad_(False)
         self.label_order = None if label_order is None else torch.tensor(label_order, device=device)
+        if hasattr(model, "hf_device_map"):
+            device = None
+        else:
+            self.model.to(device)
+        self.dtype, self.device = dtype, device
         self._answer = self._run if compile_options is None else torch.compile(self._run, **compile_options)
         self.watch(layers)
 
@@ -158,18 +172,20 @@ class Teacher:
             )
         if self.dtype is not None:
             batch = {k: v.to(self.dtype) if v.is_floating_point() else v for k, v in batch.items()}
+        # Of its inputs alone, or torch.compile would compile for each set of other columns.
+        inputs = select_inputs(self.model, at_model(self.model, batch), prefix="teacher_")
         with (
             self._capture,
             nullcontext() if self.dtype is None else autocast_off(next(self.model.parameters()).device),
         ):
-            # Of its inputs alone, or torch.compile would compile for each set of other columns.
-            return self._answer(select_inputs(self.model, batch, prefix="teacher_"))
+            outputs = self._answer(inputs)
+        here = next(column.device for column in batch.values() if isinstance(column, Tensor))
+        features = {name: feature.to(here) for name, feature in outputs.features.items()}
+        logits = outputs.logits.to(here)
+        return ModelOutputs(logits if self.label_order is None else logits[:, self.label_order], features=features)
 
     def _run(self, inputs: Mapping[str, Tensor]) -> ModelOutputs:
-        outputs = self._capture.run(inputs)
-        if self.label_order is None:
-            return outputs
-        return replace(outputs, logits=outputs.logits[:, self.label_order])
+        return self._capture.run(inputs)
 
 
 class DeferredTeacher(Teacher):

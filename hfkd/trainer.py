@@ -39,6 +39,7 @@ from hfkd.checkpoints import (
     start_checkpoint,
 )
 from hfkd.checks import (
+    check_adapter,
     check_cache,
     check_columns,
     check_dataset,
@@ -329,6 +330,7 @@ class DistillationTrainer(Trainer):
         self.distiller = distiller
         self.context = DistillationContext(self)
         self.problem_type = problem_type_of(model)
+        check_adapter(self.model)
         self._set_up_labels()
         if self.args.device.type != "cpu":
             self._move_images(self.args.device)
@@ -455,6 +457,12 @@ class DistillationTrainer(Trainer):
                     f"{method} trains the teacher, and all its parameters are frozen, as those of a teacher are that "
                     "another run asked: call teacher.requires_grad_(True) first"
                 )
+            if getattr(self.args, "teacher_dtype", None):
+                raise ValueError(
+                    f"{method} trains the teacher, whose weights small steps would not move in another precision: "
+                    "leave out teacher_dtype (bf16=True is for both)"
+                )
+            check_adapter(self.teacher_model, "the teacher")
             self.teacher_model.to(self.args.device)
             return
         dtype = getattr(self.args, "teacher_dtype", None)

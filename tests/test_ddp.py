@@ -39,6 +39,20 @@ def test_the_equivalence_has_something_to_compare(one_process):
     assert (trained["1.log_factor"] - start["1.log_factor"]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("find_unused", ["True", "False"])
+def test_frozen_and_unused_parameters_equal_one_process(two_processes, one_process, find_unused):
+    ranks = [result[find_unused] for result in two_processes["idle"]]
+    assert_identical(ranks[0], ranks[1])
+    assert largest_difference(ranks[0], one_process("idle")[find_unused]) <= 1e-9
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("double", 1e-9), ("bf16", 2e-3)])
+def test_adapted_students_equal_one_process(two_processes, one_process, precision, tolerance):
+    ranks = [result[precision] for result in two_processes["adapted"]]
+    assert_identical(ranks[0], ranks[1])
+    assert largest_difference(ranks[0], one_process("adapted")[precision]) <= tolerance
+
+
 def test_student_alone_with_accumulation_equals_one_process(two_processes, one_process):
     ranks = two_processes["student_alone"]
     assert_identical(ranks[0]["weights"], ranks[1]["weights"])

@@ -60,7 +60,9 @@ def test_the_defaults_are_a_row_of_the_papers_pairs():
     assert f"| ResNet-56 → ResNet-20 | {ttm.gamma:g}, {ttm.beta:g} | {wttm.gamma:g}, {wttm.beta:g} |" in TEXT
 
 
-@pytest.mark.parametrize(("page", "at_least"), [("methods.md", 30), ("engines.md", 25), ("faults.md", 12)])
+@pytest.mark.parametrize(
+    ("page", "at_least"), [("methods.md", 30), ("engines.md", 25), ("faults.md", 12), ("precision.md", 25)]
+)
 def test_the_tests_that_it_names_exist(page, at_least):
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
     named = set(re.findall(r"`(test_\w+\.py)(?:::(test_\w+))?`", text))
@@ -82,6 +84,17 @@ def test_every_cell_of_the_engines_is_a_test_or_says_that_there_is_none():
         assert len(cells) == len(engines), feature
         assert all(re.search(rf"`test_\w+\.py::test_\w+`|{words}", cell) for cell in cells), feature
     assert "(docs/engines.md)" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_row_on_precision_and_adapters_names_its_test_or_says_that_there_is_none():
+    text = (ROOT / "docs" / "precision.md").read_text(encoding="utf-8")
+    rows = [row.split("|") for row in re.findall(r"^\|(.+)\|$", text, re.M) if "---" not in row and "Works" not in row]
+    assert len(rows) > 25
+    for row in rows:
+        assert len(row) == 3, row
+        assert re.search(r"`test_\w+\.py::test_\w+`|untested", row[2]), row
+        assert ("untested" in row[2]) == ("not tried" in row[1]), row
+    assert "(docs/precision.md)" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_links_lead_somewhere_and_the_contents_are_whole():

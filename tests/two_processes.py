@@ -27,11 +27,12 @@ from helpers import (
     tiny_teacher,
     weights,
 )
+from peft import LoraConfig, get_peft_model
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
 from hfkd.checkpoints import last_whole_checkpoint
-from hfkd.distillers import AKD, CRD, KD, KDAIF, TTM, VID, Combined, InContextKD, SelfDistillation
+from hfkd.distillers import AKD, CRD, KD, KDAIF, TTM, VID, Combined, HiddenStates, InContextKD, SelfDistillation
 
 
 sys.path.append(str(Path(__file__).parent / "distillers"))
@@ -84,6 +85,50 @@ class Epochs(Rows):
 
     def set_epoch(self, epoch):
         self.epochs = [*getattr(self, "epochs", []), epoch]
+
+
+def with_idle_parts(*, unused: bool):
+    """A student of which a part is frozen, and perhaps another trained by nothing."""
+    student = tiny("bert")
+    student.bert.embeddings.requires_grad_(False)
+    student.bert.encoder.layer[0].requires_grad_(False)
+    if unused:
+        student.unused = torch.nn.Linear(3, 3)
+    return student
+
+
+def idle(folder) -> dict:
+    """Parameters without gradient, with and without DDP looking for them; it must where some are not frozen."""
+    results = {}
+    for find_unused in (True, False):
+        student, distiller = with_idle_parts(unused=find_unused).double(), Weighted()
+        trainer = make_trainer(
+            Path(folder, str(find_unused)),
+            student,
+            tiny_teacher("bert").double(),
+            distiller,
+            rows("bert"),
+            ddp_find_unused_parameters=find_unused,
+            **share(),
+        )
+        trainer.train()
+        results[str(find_unused)] = weights(student, distiller)
+    return results
+
+
+def adapted(folder) -> dict:
+    """A LoRA student of an adapted teacher, in double precision and in bfloat16."""
+    results = {}
+    for bf16 in (False, True):
+        config = LoraConfig(r=2, target_modules=["query", "value"], modules_to_save=["classifier"])
+        models = [
+            model if bf16 else model.double()
+            for model in (get_peft_model(tiny("bert"), config), get_peft_model(tiny_teacher("bert"), config))
+        ]
+        trainer = make_trainer(Path(folder, str(bf16)), *models, HiddenStates(), rows("bert"), bf16=bf16, **share())
+        trainer.train()
+        results["bf16" if bf16 else "double"] = weights(models[0])
+    return results
 
 
 def student_alone(folder) -> dict:
@@ -418,6 +463,8 @@ SCENARIOS = {
     "learnable_find_unused": lambda folder: learnable(folder, find_unused=True, max_grad_norm=0.0),
     "learnable_all_used": lambda folder: learnable(folder, find_unused=False, max_grad_norm=1.0),
     "student_alone": student_alone,
+    "idle": idle,
+    "adapted": adapted,
     "bank": bank,
     "contrastive": contrastive,
     "influence": influence,

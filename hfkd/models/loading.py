@@ -150,7 +150,7 @@ def load_teacher(
         name_or_path: As for :func:`load_model`.
         task: Likewise.
         may_wait: Whether an outline will do, on the device ``meta``: of a local folder or weights file
-            :class:`~hfkd.DistillationTrainer` loads the weights when somebody asks the teacher.
+            :class:`~hfkd.DistillationTrainer` loads the weights when somebody asks the teacher; not of an adapter.
         trust_remote_code: As for :func:`load_model`; such a model does not wait.
 
     Raises:
@@ -160,7 +160,8 @@ def load_teacher(
     is_file = is_image and name.endswith(".safetensors")
     is_network = is_image and not is_file and (find_architecture(name) is not None or timm.is_model(_timm_name(name)))
     lies_here = Path(name).is_file() if is_file else Path(name).is_dir() and not is_network
-    if may_wait and lies_here and not trust_remote_code:
+    is_adapter = Path(name, "adapter_config.json").is_file()  # whose tensors are elsewhere, but for a few
+    if may_wait and lies_here and not is_adapter and not trust_remote_code:
         outline = load_outline(name, task=task)
         if outline is not None:
             return outline
