@@ -42,6 +42,12 @@ class _Loader(yaml.SafeLoader):
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
+    def compose_node(self, parent, index):
+        # Aliases of aliases are how a small file becomes a huge value.
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.constructor.ConstructorError(problem="anchors and aliases are not read: write the value out")
+        return super().compose_node(parent, index)
+
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(?:true|True|false|False)$"), list("tTfF"))
 
@@ -49,9 +55,11 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(?:true|Tru
 def _words_of_file(path: Path) -> list[str]:
     try:
         table = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506, a SafeLoader; JSON is YAML
-    except yaml.YAMLError as error:
+    except OSError:
+        raise
+    except Exception as error:  # what a value that is none makes of PyYAML: IndexError, KeyError, RecursionError, …
         raise ValueError(f"{path} is neither YAML nor JSON: {error}") from error
-    if not isinstance(table, dict):
+    if not isinstance(table, dict) or not all(isinstance(name, str) for name in table):
         raise ValueError(f"{path} must hold a table such as `student: resnet20`, one flag a line")
     words = []
     for name, value in table.items():

@@ -45,7 +45,7 @@ def processor_for(model: PreTrainedModel, name_or_path: str | Path | None = None
             "it shares (the teacher's, as a rule), or make a ViTImageProcessor(size=…, image_mean=…, image_std=…)"
         )
     try:
-        return AutoImageProcessor.from_pretrained(source)
+        return AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
     except OSError as error:
         raise ValueError(
             f"no image processor beside {source} ({error}): save one there with processor.save_pretrained, or pass "

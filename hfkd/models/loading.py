@@ -1,12 +1,14 @@
 """One way to name a model: ours, timm's, a weights file, a folder, a Hub id."""
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import timm
 import torch
-from safetensors import safe_open
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
@@ -59,8 +61,8 @@ def load_model(
         A plain transformers model: saved, it loads with `AutoModelFor*.from_pretrained` and no hfkd.
 
     Raises:
-        ValueError: If nothing has that name, the labels contradict each other or the file, or weights would be random
-            although ``refuse_new_head`` is set.
+        ValueError: If nothing has that name, the labels contradict each other or the file, the weights are damaged or
+            no safetensors, or weights would be random although ``refuse_new_head`` is set.
 
     >>> load_model("resnet20", num_labels=100).num_parameters()
     278324
@@ -104,6 +106,10 @@ def load_model(
     # Without dtype transformers keeps the file's, and a student in half precision does not train.
     fields = {"dtype": torch.float32, **fields}
     try:
+        if Path(name).is_dir():
+            check_weight_files(name, needed=pretrained)
+        else:
+            check_hub_id(name, revision)
         if not pretrained:
             config = AutoConfig.from_pretrained(name, **options, **fields)
             return auto_class.from_config(config, trust_remote_code=trust_remote_code, dtype=config.dtype).eval()
@@ -115,7 +121,9 @@ def load_model(
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    except OSError as error:
+    except SafetensorError as error:
+        raise ValueError(f"the weights in {name} are damaged ({error}): copy or download them again") from error
+    except (OSError, HFValidationError) as error:
         if Path(name).is_dir():
             raise
         if is_timm:
@@ -181,7 +189,10 @@ def load_outline(path: str | Path, *, task: str) -> PreTrainedModel | None:
         if Path(path).is_file():
             model = CifarForImageClassification(_config_of_cifar_resnet(Path(path), {}))
         else:
-            model = auto_class.from_config(AutoConfig.from_pretrained(path), dtype=torch.float32)
+            check_weight_files(path)
+            # Said, since by default transformers asks on the terminal whether to run the code beside the weights.
+            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+            model = auto_class.from_config(config, dtype=torch.float32, trust_remote_code=False)
 
     def outline(tensors):
         return {name: (tuple(t.shape), t.dtype) for name, t in tensors if not name.endswith(BATCH_COUNT)}
@@ -193,11 +204,54 @@ def stored_tensors(path: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors in a safetensors file, or in those of a folder, one at a time, by name."""
     paths = {}
     for part in [path] if Path(path).is_file() else Path(path).glob("*.safetensors"):
-        with safe_open(part, framework="pt") as file:
+        with _opened(part) as file:
             paths.update(dict.fromkeys(file.keys(), part))
     for name in sorted(paths):
-        with safe_open(paths[name], framework="pt") as file:
+        with _opened(paths[name]) as file:
             yield name, file.get_tensor(name)
+
+
+def _opened(path: str | Path):
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}): copy or download it again") from error
+
+
+def check_weight_files(folder: str | Path, *, needed: bool = True) -> None:
+    """Refuse a folder whose weights are no safetensors, or whose index names files outside of it.
+
+    Args:
+        folder: Of a model or an adapter.
+        needed: Whether weights are read at all.
+    """
+    folder = Path(folder)
+    pickles = sorted(path.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl") for path in folder.glob(kind))
+    weights = [name for name in pickles if name.startswith(("pytorch_model", "adapter_model", "model"))]
+    if needed and weights and not any(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"{folder} holds its weights as a pickle alone ({weights[0]}), which can run code when it is read: ask "
+            "for safetensors, or convert it where nothing is at stake (from_pretrained, then save_pretrained)"
+        )
+    for index in folder.glob("*.safetensors.index.json"):
+        try:
+            names = [*json.loads(index.read_bytes())["weight_map"].values()]
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{index} is damaged ({type(error).__name__}): copy or download it again") from error
+        for name in names:
+            if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+                raise ValueError(
+                    f"{index} names {str(name)[:80]!r}, and may only name .safetensors files beside it: do not use it"
+                )
+
+
+def check_hub_id(name: str, revision: str | None = None) -> None:
+    """Refuse what is no Hub id (a `HFValidationError`, which is a ValueError) and what could leave the Hub's cache."""
+    if "://" in name:  # not repeated, as it may hold a password or a token
+        raise ValueError("a URL is no Hub id: pass owner/name, or download it and pass the folder")
+    if revision is not None and (".." in revision or revision.startswith("/") or "\\" in revision):
+        raise ValueError(f"revision must be a branch, tag or commit, got {revision!r}")
+    validate_repo_id(name)
 
 
 def _timm_name(name: str) -> str:
@@ -225,7 +279,7 @@ def _label_fields(label_names: Sequence[str] | None, num_labels: int | None) -> 
 def _config_of_cifar_resnet(path: Path, fields: dict) -> CifarConfig:
     if path.with_name("config.json").exists():
         raise ValueError(f"{path} has a config.json beside it: name the folder, so that it is read too")
-    with safe_open(path, framework="pt") as file:
+    with _opened(path) as file:
         shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118, it is no dict
     convolutions = [name for name in shapes if re.fullmatch(r"layer\d\.\d+\.conv\d\.weight", name)]
     if not convolutions or not {"conv1.weight", "linear.weight"} <= shapes.keys():
@@ -258,7 +312,7 @@ def _load_cifar_resnet(path: Path, fields: dict, pretrained: bool) -> CifarForIm
         model = CifarForImageClassification(config)
         if pretrained:
             model.load_state_dict(load_file(path))
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{path} looks like a {config.architecture} but does not fit one: {error}") from error
     return model
 
