@@ -56,7 +56,7 @@ from hfkd.features import (
     use_channels_last,
 )
 from hfkd.labels import named_labels
-from hfkd.modelcard import write_model_card
+from hfkd.modelcard import base_without_home, write_model_card
 from hfkd.models.loading import check_weight_files, load_teacher
 from hfkd.sharding import load_whole_state, whole_state
 from hfkd.teacher import ColumnTeacher, DeferredTeacher, Teacher, TeacherEnsemble, Teachers, members_of
@@ -795,7 +795,7 @@ class DistillationTrainer(Trainer):
     # Saving and resuming
 
     def _save(self, output_dir=None, state_dict=None):
-        with self.distiller.folded(self.model):
+        with self.distiller.folded(self.model), base_without_home(self.model):
             super()._save(output_dir, whole_state(self.model) if self.is_fsdp_enabled else state_dict)
         # A pickle that nothing reads, with the Hub token and local paths in it.
         Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)

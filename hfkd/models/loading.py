@@ -287,6 +287,8 @@ def _config_of_cifar_resnet(path: Path, fields: dict) -> CifarConfig:
             f"{path} is no CIFAR ResNet in akamaster's naming (conv1, bn1, layer1.0.conv1, ..., linear): "
             "name a folder with a config.json for any other model"
         )
+    if len(shapes["linear.weight"]) != 2 or len(shapes["conv1.weight"]) != 4 or 0 in shapes["linear.weight"]:
+        raise ValueError(f"{path} has weights of shapes that no CIFAR ResNet has: copy or download it again")
     classes = shapes["linear.weight"][0]
     if fields.get("num_labels", classes) != classes:
         raise ValueError(f"{path} has {classes} classes, not {fields['num_labels']}: leave the labels out, or retrain")
@@ -309,6 +311,13 @@ def _config_of_cifar_resnet(path: Path, fields: dict) -> CifarConfig:
 def _load_cifar_resnet(path: Path, fields: dict, pretrained: bool) -> CifarForImageClassification:
     config = _config_of_cifar_resnet(path, fields)
     try:
+        with _opened(path) as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118, no dict
+        with torch.device("meta"):  # a file of a few bytes can name any number of classes and layers
+            expected = CifarForImageClassification(config).state_dict()
+        for name, tensor in expected.items():
+            if not name.endswith(BATCH_COUNT) and shapes.get(name) != tuple(tensor.shape):
+                raise ValueError(f"{name} is {shapes.get(name)} there, and {tuple(tensor.shape)} in such a net")
         model = CifarForImageClassification(config)
         if pretrained:
             model.load_state_dict(load_file(path))
