@@ -29,6 +29,7 @@ from hfkd.trainer import DISTILLER_NAME
 
 
 ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
 # The code itself
 
@@ -59,7 +60,10 @@ def forbidden(source: str) -> list[str]:
         elif isinstance(node, ast.Call):
             parts = ast.unparse(node.func).split(".")
             name, last = ".".join(parts[-2:]), parts[-1]
-            found += [called for called in (name, last) if called in CALLS and not name.startswith("re.")]
+            called = {name, last} & CALLS
+            if isinstance(node.func, ast.Attribute):  # model.eval(), re.compile()
+                called -= {"eval", "exec", "compile"}
+            found += sorted(called)
             given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
             found += [key for key, value in KEYWORDS.items() if given.get(key) == str(value)]
             if name == "yaml.load" and given.get("Loader") != "_Loader":
@@ -90,9 +94,7 @@ def forbidden(source: str) -> list[str]:
 )
 def test_what_is_forbidden_is_found(source, name):
     assert name in forbidden(source)
-    assert not forbidden(
-        "model.eval()\nre.compile(word)\nsafetensors.torch.load_file(path)\nyaml.load(x, Loader=_Loader)"
-    )
+    assert not forbidden("model.eval()\nre.compile(word)\nload_file(path)\nyaml.load(text, Loader=_Loader)")
 
 
 def test_nothing_here_can_run_what_it_reads():
@@ -167,7 +169,7 @@ def checkpoints(tmp_path_factory):
 @pytest.mark.parametrize(
     ("name", "error"),
     [
-        ("optimizer.pt", "weights.only|Unsupported|Weights only"),
+        ("optimizer.pt", "Weights only"),
         ("scheduler.pt", "Weights only"),
         ("rng_state.pth", "Weights only"),
         (DISTILLER_NAME, "is damaged, or of another method"),
@@ -188,7 +190,7 @@ def test_a_pickle_in_a_checkpoint_does_not_run(tmp_path, checkpoints, ran, name,
     if error is None:
         trainer.train(resume_from_checkpoint=str(checkpoint))  # which nobody reads
     else:
-        with pytest.raises(Exception, match=error):  # noqa: B017, PT011: torch's own for what transformers reads
+        with pytest.raises(Exception, match=error):  # torch's own for what transformers reads
             trainer.train(resume_from_checkpoint=str(checkpoint))
     assert not ran.exists()
 
@@ -237,7 +239,8 @@ def with_code(tmp_path, monkeypatch):
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "evil", "auto_map": maps}))
     (folder / "preprocessor_config.json").write_text(json.dumps({"auto_map": {"AutoImageProcessor": "evil.P"}}))
     (folder / "evil.py").write_text(
-        f"import os\nos.mkdir({str(mark)!r})\nfrom transformers import BertConfig as Config\nP = Model = Config\n"
+        f"import os\nos.mkdir({str(mark)!r})\nfrom transformers import BertConfig\n"
+        "class Config(BertConfig):\n    model_type = 'evil'\nP = Model = Config\n"
     )
     return folder, mark
 
@@ -267,11 +270,13 @@ def test_code_beside_the_weights_runs_where_it_is_trusted(with_code):
 # Names and paths
 
 
-@pytest.mark.parametrize("name", ["../../etc", "/etc/nothing", "a/b/c", "a//b", "..", "a/..", "me/model\n", "me/a--b"])
+@pytest.mark.parametrize(
+    "name", ["../../nowhere", "/etc/nowhere", "a/b/c", "a//b", "nowhere/..", "me/model\n", "me/a--b"]
+)
 def test_what_is_no_hub_id_is_refused(name):
     with pytest.raises(ValueError, match="cannot load .*no local folder, and as a Hub id it could not be read"):
         load_model(name, task="text-classification")
-    with pytest.raises(ValueError, match="(?i)repo id|unknown task"):
+    with pytest.raises(ValueError, match="(?i)repo.id|unknown task"):
         load_text_data(name)
 
 
