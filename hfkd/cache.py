@@ -424,10 +424,9 @@ class TeacherCache:
     def _manifest(self) -> dict:
         path = self.folder / MANIFEST
         with _opened(path, os.O_RDONLY) as file:
-            content = file.read(_LARGEST_MANIFEST + 1)
+            size = os.fstat(file.fileno()).st_size
+            content = file.read(size) if size <= _LARGEST_MANIFEST else b""
         try:
-            if len(content) > _LARGEST_MANIFEST:
-                raise ValueError("too long")
             manifest = json.loads(content.decode("utf-8"))
             if not isinstance(manifest, dict):
                 raise ValueError("no table")

@@ -76,16 +76,13 @@ def base_without_home(model: nn.Module) -> Iterator[None]:
     known = [config for config in model.peft_config.values() if config.base_model_name_or_path == name]
     for config in known:
         config.base_model_name_or_path = path
-    tags = base.model_tags
-    base.model_tags = [tag.replace(name, path) for tag in tags or ()]
-    base.config.name_or_path = path
+    base.config.name_or_path = base.name_or_path = path
     try:
         yield
     finally:
-        base.model_tags = tags
         for config in known:
             config.base_model_name_or_path = name
-        base.config.name_or_path = name
+        base.config.name_or_path = base.name_or_path = name
 
 
 def write_model_card(

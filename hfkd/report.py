@@ -178,7 +178,9 @@ def _influence_of(path: str | Path, samples: Samples) -> dict[str, np.ndarray]:
                 raise ValueError("other rows or columns")
             columns = file.read(columns=[*types])
         measured = {name: columns[name].to_numpy().astype(dtype, casting="same_kind") for name, dtype in types.items()}
-    except (ValueError, TypeError, KeyError, NotImplementedError, pa.ArrowException) as error:
+    except FileNotFoundError:
+        raise
+    except (ValueError, TypeError, KeyError, OSError, NotImplementedError, pa.ArrowException) as error:
         raise ValueError(f"{wrong} ({str(error)[:200]})") from error
     names = samples.label_names
     strange = [number for number in measured["index"].tolist() if number not in samples.places]

@@ -173,7 +173,7 @@ def checkpoints(tmp_path_factory):
         ("scheduler.pt", "Weights only"),
         ("rng_state.pth", "Weights only"),
         (DISTILLER_NAME, "is damaged, or of another method"),
-        ("model.safetensors", ""),
+        ("model.safetensors", "header|[Ss]afetensor"),
         ("training_args.bin", None),
         ("pytorch_model.bin", None),
         ("pytorch_model_fsdp.bin", None),

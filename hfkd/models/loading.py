@@ -227,12 +227,13 @@ def check_weight_files(folder: str | Path, *, needed: bool = True) -> None:
     """
     folder = Path(folder)
     pickles = sorted(path.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl") for path in folder.glob(kind))
-    weights = [name for name in pickles if name.startswith(("pytorch_model", "adapter_model", "model"))]
-    if needed and weights and not any(folder.glob("*.safetensors")):
-        raise ValueError(
-            f"{folder} holds its weights as a pickle alone ({weights[0]}), which can run code when it is read: ask "
-            "for safetensors, or convert it where nothing is at stake (from_pretrained, then save_pretrained)"
-        )
+    for name in pickles if needed else ():
+        kind = next((kind for kind in ("adapter_model", "pytorch_model", "model") if name.startswith(kind)), None)
+        if kind and not any(folder.glob(f"{kind.removeprefix('pytorch_')}*.safetensors")):
+            raise ValueError(
+                f"{folder} holds its weights as a pickle alone ({name}), which can run code when it is read: ask for "
+                "safetensors, or convert it where nothing is at stake (from_pretrained, then save_pretrained)"
+            )
     for index in folder.glob("*.safetensors.index.json"):
         try:
             names = [*json.loads(index.read_bytes())["weight_map"].values()]
