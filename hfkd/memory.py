@@ -273,6 +273,19 @@ class MemoryBank(nn.Module):
         """Whether somebody has neighbours."""
         return bool((self.positives != MISSING).any())
 
+    def check(self) -> None:
+        """Refuse the content of a file that is no bank of this size.
+
+        Raises:
+            ValueError: If it names rows that there are not, or holds what is no number.
+        """
+        for name in ("positives", "negatives"):
+            rows = getattr(self, name)
+            if ((rows < MISSING) | (rows >= len(self.logits))).any():
+                raise ValueError(f"its bank has {name} that are none of its {len(self.logits)} rows")
+        if not self.logits.isfinite().all() or self.positive_similarities.isnan().any():
+            raise ValueError("its bank has logits or similarities that are no numbers")
+
     def clear(self) -> None:
         """Forget all neighbours."""
         self.positives.fill_(MISSING)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,6 +56,33 @@ def public_name(model: nn.Module) -> str:
     """What to call a model in public: its Hub id, or the last part of a local path, or its class."""
     name = getattr(model.config, "name_or_path", "") or type(model).__name__
     return os.path.basename(os.path.normpath(name)) if os.path.isabs(name) or os.path.exists(name) else name
+
+
+@contextmanager
+def base_without_home(model: nn.Module) -> Iterator[None]:
+    """While open, an adapter's base that lies in a local folder is named by its path from the working folder.
+
+    Adapters are saved with it, so that it loads again from there; by the folder's name alone where that path would
+    tell the home folder too.
+    """
+    base = base_model(model)
+    name = getattr(base.config, "name_or_path", "")
+    if base is model or not os.path.isabs(name):
+        yield
+        return
+    path = os.path.relpath(name)
+    if str(Path.home()).strip(os.sep) in path:
+        path = public_name(base)
+    known = [config for config in model.peft_config.values() if config.base_model_name_or_path == name]
+    for config in known:
+        config.base_model_name_or_path = path
+    base.config.name_or_path = base.name_or_path = path
+    try:
+        yield
+    finally:
+        for config in known:
+            config.base_model_name_or_path = name
+        base.config.name_or_path = base.name_or_path = name
 
 
 def write_model_card(

@@ -11,6 +11,7 @@ from typing import Any
 import datasets
 import numpy as np
 import PIL.Image
+import pyarrow as pa
 import pyarrow.parquet as pq
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -163,6 +164,32 @@ def neighbour_gallery(
     return draw_rows(rows, [(column, text) for column, width, text in headings if width], path)
 
 
+def _influence_of(path: str | Path, samples: Samples) -> dict[str, np.ndarray]:
+    """The columns of an influence table, of which nothing is read that could be more than numbers of this split."""
+    wrong = f"{path} is no influence table of this split: pass influence/epoch-NNN.parquet of the run on it"
+    types = {"index": np.int64, "label": np.int64, "influence": np.float32, "weight": np.float32}
+    try:
+        with pq.ParquetFile(path) as file:
+            there = {field.name: field.type for field in file.schema_arrow}
+            if file.metadata.num_rows > len(samples.places) or not all(
+                name in there and (pa.types.is_integer(there[name]) or pa.types.is_floating(there[name]))
+                for name in types
+            ):
+                raise ValueError("other rows or columns")
+            columns = file.read(columns=[*types])
+        measured = {name: columns[name].to_numpy().astype(dtype, casting="same_kind") for name, dtype in types.items()}
+    except FileNotFoundError:
+        raise
+    except (ValueError, TypeError, KeyError, OSError, NotImplementedError, pa.ArrowException) as error:
+        raise ValueError(f"{wrong} ({str(error)[:200]})") from error
+    names = samples.label_names
+    strange = [number for number in measured["index"].tolist() if number not in samples.places]
+    labels = measured["label"]
+    if strange or (names is not None and ((labels != UNLABELLED) & ((labels < 0) | (labels >= len(names)))).any()):
+        raise ValueError(f"{wrong} (it has {strange[:3] if strange else 'labels'} that the split has not)")
+    return measured
+
+
 def influence_gallery(split: datasets.Dataset, table: str | Path, path: str | Path, *, count: int = 16) -> Path:
     """Show the training samples that help the held-out risk most, and those that harm it most, by their influence.
 
@@ -180,10 +207,11 @@ def influence_gallery(split: datasets.Dataset, table: str | Path, path: str | Pa
         The path.
 
     Raises:
-        ValueError: If count is not positive or there are fewer samples than 2 count.
+        ValueError: If count is not positive or there are fewer samples than 2 count, or the table is damaged or of
+            another split.
     """
     samples = Samples(split)
-    measured = pq.read_table(table).to_pydict()
+    measured = _influence_of(table, samples)
     by_influence = np.argsort(measured["influence"], kind="stable")
     if not 0 < 2 * count <= len(by_influence):
         raise ValueError(f"count must lie between 1 and half of the {len(by_influence)} samples, got {count}")

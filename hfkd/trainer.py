@@ -25,7 +25,7 @@ from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.utils.data import Dataset, IterableDataset, Subset
 from tqdm.auto import tqdm
 from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainerCallback
-from transformers.trainer import FSDP_MODEL_NAME, TRAINING_ARGS_NAME
+from transformers.trainer import FSDP_MODEL_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hfkd.cache import TeacherCache, describe, keep_on_host
@@ -77,8 +77,8 @@ from hfkd.features import (
 )
 from hfkd.finite import FiniteLosses
 from hfkd.labels import head_looks_new, named_labels
-from hfkd.modelcard import write_model_card
-from hfkd.models.loading import load_teacher
+from hfkd.modelcard import base_without_home, write_model_card
+from hfkd.models.loading import check_weight_files, load_teacher
 from hfkd.sharding import load_whole_state, whole_state
 from hfkd.teacher import ColumnTeacher, DeferredTeacher, Teacher, TeacherEnsemble, Teachers, members_of
 from hfkd.termination import Termination
@@ -198,6 +198,7 @@ class _Hooks(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer._term_sums, self.trainer._term_count = {}, 0
         self.trainer._cache_counts_before = self.trainer._cache_counts()
+        self.trainer._find_best_checkpoint()
         self.trainer._check_best_metric()
         self.trainer._report_teacher()
         self.trainer.distiller.on_train_begin(self.trainer.context)
@@ -344,6 +345,7 @@ class DistillationTrainer(Trainer):
         self._cache_counts_before = self._cache_counts()
         self._finite_losses, self._termination, self._saved_step = FiniteLosses(self.args.device), Termination(), -1
         self._evaluated = torch.zeros(2, device=self.args.device)  # sum of losses, number of labelled samples
+        self._resumed_from: str | None = None
         self.add_callback(_Hooks(self))
         self.callback_handler.callbacks.insert(0, _LastHook(self))
 
@@ -1088,10 +1090,43 @@ class DistillationTrainer(Trainer):
             list_files(Path(output_dir))
 
     def _save(self, output_dir=None, state_dict=None):
-        with self.distiller.folded(self.model):
+        with self.distiller.folded(self.model), base_without_home(self.model):
             super()._save(output_dir, whole_state(self.model) if self.is_fsdp_enabled else state_dict)
         # A pickle that nothing reads, with the Hub token and local paths in it.
         Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        self._leave_paths_out(
+            os.path.join(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        )
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        self._leave_paths_out(checkpoint_folder)
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def save_state(self):
+        super().save_state()
+        self._leave_paths_out(self.args.output_dir)
+
+    def _leave_paths_out(self, folder: str) -> None:
+        """Of the trainer's state as written: the best checkpoint's path, which is this machine's; its step stays."""
+        path = Path(folder, TRAINER_STATE_NAME)
+        if self.args.should_save and path.is_file():
+            state = {**json.loads(path.read_text(encoding="utf-8")), "best_model_checkpoint": None}
+            part = path.with_suffix(".part")
+            part.write_text(json.dumps(state, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            part.replace(path)
+
+    def _find_best_checkpoint(self) -> None:
+        """The best checkpoint of a resumed run lies beside the one it resumes from, whatever its state says."""
+        if self._resumed_from is None:
+            return
+        folder = os.path.dirname(os.path.abspath(self._resumed_from))
+        if os.path.isdir(self.args.output_dir) and os.path.samefile(folder, self.args.output_dir):
+            folder = self.args.output_dir
+        best = os.path.join(folder, f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
+        self.state.best_model_checkpoint = best if os.path.isdir(best) else None
 
     def _save_optimizer_and_scheduler(self, output_dir):
         with self._module_as_model():
@@ -1115,6 +1150,7 @@ class DistillationTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         if checkpoint is not None:
+            self._resumed_from = checkpoint
             check_resume(checkpoint, BATCH_NAME, self._batch_of_all(), is_sharded=self.is_fsdp_enabled)
             self._load_distiller(checkpoint)
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -1132,24 +1168,36 @@ class DistillationTrainer(Trainer):
                     f"{path} is missing, and {type(self.distiller).__name__} has state to restore: the checkpoint is "
                     "incomplete, from another method, or was saved with save_only_model=True"
                 )
-            load_whole_state(self.distiller, safetensors.torch.load_file(path))
+            try:
+                load_whole_state(self.distiller, safetensors.torch.load_file(path))
+            except (safetensors.SafetensorError, RuntimeError) as error:  # the latter: other names or shapes
+                raise ValueError(
+                    f"{path} is damaged, or of another method or data set than this {type(self.distiller).__name__}: "
+                    f"resume from another checkpoint. {str(error)[:500]}"
+                ) from error
         if self._saves_teacher:
             if isinstance(self.teacher_model, PreTrainedModel):
                 load_weights(self.teacher_model, self._teacher_folder(checkpoint))
             else:
+                check_weight_files(self._teacher_folder(checkpoint))
                 super()._load_from_checkpoint(self._teacher_folder(checkpoint), self.teacher_model)
-        self.distiller.on_load(self.context)
+        try:
+            self.distiller.on_load(self.context)
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be used, {error}: resume from another checkpoint") from error
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if isinstance(self._module.student, PreTrainedModel):
             load_weights(self._module.student, resume_from_checkpoint)
         else:
+            check_weight_files(resume_from_checkpoint)
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self):
         if isinstance(self.model, PreTrainedModel):
             load_weights(self.model, self.state.best_model_checkpoint)
         else:
+            check_weight_files(self.state.best_model_checkpoint)
             super()._load_best_model()
         if not self.args.save_only_model:
             self._load_distiller(self.state.best_model_checkpoint)
@@ -1173,9 +1221,12 @@ def load_weights(model: PreTrainedModel, folder: str) -> None:
     under older names (ViT, DeiT, Swin, …; transformers #43701, #48805) it loses them in silence.
 
     Raises:
-        ValueError: If a tensor is missing in the folder or has another shape.
+        ValueError: If a tensor is missing in the folder or has another shape, or the folder has no safetensors.
     """
-    loaded, info = type(model).from_pretrained(folder, output_loading_info=True, dtype=model.dtype)
+    check_weight_files(folder)
+    loaded, info = type(model).from_pretrained(
+        folder, output_loading_info=True, dtype=model.dtype, use_safetensors=True
+    )
     if lost := [*info["missing_keys"], *info["mismatched_keys"]]:
         raise ValueError(f"{folder} lacks {len(lost)} tensors of {type(model).__name__}, such as {lost[:3]}")
     load_whole_state(model, loaded.state_dict())

@@ -18,6 +18,7 @@ Everything goes to noise-….json and safe.json in --output_dir. Takes about 3 m
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -155,6 +156,11 @@ def teach(args, distiller, name: str, *, seed: int = 0, label_noise: float = 0.0
     return result
 
 
+def shown(args) -> dict[str, str]:
+    """The arguments for a report, without the folders of this machine."""
+    return {name: Path(value).name if os.path.isabs(str(value)) else str(value) for name, value in vars(args).items()}
+
+
 def noise(args) -> None:
     others = {
         "labels alone, last layer": KDAIF(StudentAlone()),
@@ -172,7 +178,7 @@ def noise(args) -> None:
     order = np.argsort(splits[0]["index"][:])
     flipped = (np.array(splits[0]["label"][:]) != np.array(splits[1]["label"][:]))[order]
     report = {
-        "arguments": {name: str(value) for name, value in vars(args).items()},
+        "arguments": shown(args),
         "flipped": int(flipped.sum()),
         "samples": len(flipped),
         "test_accuracy": result["test_accuracy"],
@@ -227,7 +233,7 @@ def safe(args) -> None:
         max_train_samples=args.max_train_samples,
     )
     place = np.argsort(np.argsort(data.train["index"][:]))  # of a training row among the weights
-    report = {"arguments": {name: str(value) for name, value in vars(args).items()}, "stability": {}, "runs": {}}
+    report = {"arguments": shown(args), "stability": {}, "runs": {}}
     for name in ("another seed", "perturbed", "outliers"):
         kept = np.ones(len(reference), dtype=bool)
         if name in touched:

@@ -53,7 +53,7 @@ def processor_for(model: PreTrainedModel, name_or_path: str | Path | None = None
             "it shares (the teacher's, as a rule), or make a ViTImageProcessor(size=…, image_mean=…, image_std=…)"
         )
     try:
-        return AutoImageProcessor.from_pretrained(source)
+        return AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
     except OSError as error:
         raise ValueError(
             f"no image processor beside {source} ({error}): save one there with processor.save_pretrained, or pass "
@@ -61,17 +61,18 @@ def processor_for(model: PreTrainedModel, name_or_path: str | Path | None = None
         ) from error
 
 
-def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(name_or_path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a model.
 
     Args:
         name_or_path: Hub id or local folder.
+        trust_remote_code: Run the code that lies beside it.
 
     Raises:
         ValueError: If there is none, or one without words, which transformers makes where it finds no files.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         reason = textwrap.shorten(str(error), 240, placeholder=" …")
         raise ValueError(

@@ -7,6 +7,8 @@ import datasets
 from datasets import Dataset
 from datasets.exceptions import DatasetGenerationError
 
+from hfkd.models.loading import check_hub_id
+
 
 # "train-00000-of-00001.parquet", with the hash that older uploads carry, or plain "train.parquet".
 _SPLIT_FILE = re.compile(r"(train|validation|valid|val|dev|test)(_matched|_mismatched)?(?![a-z])")
@@ -19,7 +21,9 @@ def load_from_hub(hub_id: str, config: str | None = None, revision: str | None =
     Raises:
         ConnectionError: If the Hub cannot be reached.
         FileNotFoundError: If it has no such data set.
+        ValueError: If that cannot be a Hub id.
     """
+    check_hub_id(hub_id, revision)
     try:
         splits = dict(datasets.load_dataset(hub_id, config, revision=revision))
     except ConnectionError as error:

@@ -313,6 +313,11 @@ class InContextKD(Distiller):
         """The neighbours that the student learns from, of the training samples with these numbers in ``index``."""
         return (self.student_bank if self.mode == "teacher_free" else self.teacher_bank).retrieved(index)
 
+    def on_load(self, context):
+        for bank in (self.student_bank, self.teacher_bank):
+            if bank is not None:
+                bank.check()
+
     def on_train_begin(self, context):
         if self.mode != "offline":
             self._refreshed = self._due(context)

@@ -155,10 +155,22 @@ class _Batches(nn.Module):
             for name, tensor in batch.items():
                 self.register_buffer(f"{i}/{name}", tensor)
 
-    def get(self, i: int) -> dict[str, Tensor]:
+    def get(self, i: int | str) -> dict[str, Tensor]:
         """Batch i; empty where there is none."""
         prefix = f"{i}/"
         return {name.removeprefix(prefix): tensor for name, tensor in self._buffers.items() if name.startswith(prefix)}
+
+    def check(self, classes: int) -> None:
+        """Refuse batches out of a file that are none: of several lengths, or with answers that are no class."""
+        for i in {name.partition("/")[0] for name in self._buffers}:
+            batch = self.get(i)
+            answers = batch.get("answers")
+            if answers is None or answers.ndim != 1 or answers.dtype != torch.int64:
+                raise ValueError(f"its batch {i} has no answers")
+            if any(tensor.ndim == 0 or len(tensor) != len(answers) for tensor in batch.values()):
+                raise ValueError(f"its batch {i} has columns of several lengths")
+            if ((answers < 0) | (answers >= classes)).any():
+                raise ValueError(f"its batch {i} has answers that are none of {classes} classes")
 
     def _load_from_state_dict(self, state_dict, prefix, *others):
         own = {name.removeprefix(prefix): t.clone() for name, t in state_dict.items() if name.startswith(prefix)}
@@ -384,7 +396,10 @@ class KDAIF(Wrapper):
 
     def on_load(self, context):
         super().on_load(context)
+        if not (self.weights.isfinite() & (self.weights >= 0)).all():
+            raise ValueError("its weights are not all finite and at least 0")
         if self.teacher_update == "meta":
+            self.kept.check(context.student.config.num_labels)
             self.kept.to(context.device)  # a checkpoint's tensors come on the CPU, and it had none to copy them to
 
     def on_step_end(self, context):

@@ -1,5 +1,6 @@
 """One way to name a model: ours, timm's, a weights file, a folder, a Hub id."""
 
+import json
 import re
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import timm
 import torch
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import (
@@ -60,8 +62,8 @@ def load_model(
         A plain transformers model: saved, it loads with `AutoModelFor*.from_pretrained` and no hfkd.
 
     Raises:
-        ValueError: If nothing has that name, the labels contradict each other or the file, or weights would be random
-            although ``refuse_new_head`` is set.
+        ValueError: If nothing has that name, the labels contradict each other or the file, the weights are damaged or
+            no safetensors, or weights would be random although ``refuse_new_head`` is set.
 
     >>> load_model("resnet20", num_labels=100).num_parameters()
     278324
@@ -104,6 +106,17 @@ def load_model(
     options = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
     # Without dtype transformers keeps the file's, and a student in half precision does not train.
     fields = {"dtype": torch.float32, **fields}
+    nowhere = (
+        f"cannot load {name_or_path!r}: it is no network of ours ({', '.join(MODEL_NAMES)}), no timm name, "
+        "no .safetensors file of a CIFAR ResNet and no local folder, and as a Hub id it could not be read"
+    )
+    if Path(name).is_dir():
+        check_weight_files(name, needed=pretrained)
+    else:
+        try:
+            check_hub_id(name, revision)
+        except HFValidationError as error:
+            raise ValueError(nowhere) from error
     try:
         if not pretrained:
             config = AutoConfig.from_pretrained(name, **options, **fields)
@@ -127,10 +140,7 @@ def load_model(
             raise ValueError(
                 f"the weights of timm's {timm_name!r} could not be downloaded: pass pretrained=False for random ones"
             ) from error
-        raise ValueError(
-            f"cannot load {name_or_path!r}: it is no network of ours ({', '.join(MODEL_NAMES)}), no timm name, "
-            "no .safetensors file of a CIFAR ResNet and no local folder, and as a Hub id it could not be read"
-        ) from error
+        raise ValueError(nowhere) from error
 
     fresh = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     if refuse_new_head and fresh:
@@ -188,7 +198,10 @@ def load_outline(path: str | Path, *, task: str) -> PreTrainedModel | None:
             if Path(path).is_file():
                 model = CifarForImageClassification(_config_of_cifar_resnet(Path(path), {}))
             else:
-                model = auto_class.from_config(AutoConfig.from_pretrained(path), dtype=torch.float32)
+                check_weight_files(path)
+                # Said, since by default transformers asks on the terminal whether to run the code beside the weights.
+                config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+                model = auto_class.from_config(config, dtype=torch.float32, trust_remote_code=False)
         own, stored = (
             {name: (tuple(t.shape), t.dtype) for name, t in tensors if not name.endswith(BATCH_COUNT)}
             for tensors in (model.state_dict().items(), stored_tensors(path))
@@ -207,11 +220,55 @@ def stored_tensors(path: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors in a safetensors file, or in those of a folder, one at a time, by name."""
     paths = {}
     for part in [path] if Path(path).is_file() else Path(path).glob("*.safetensors"):
-        with safe_open(part, framework="pt") as file:
+        with _opened(part) as file:
             paths.update(dict.fromkeys(file.keys(), part))
     for name in sorted(paths):
-        with safe_open(paths[name], framework="pt") as file:
+        with _opened(paths[name]) as file:
             yield name, file.get_tensor(name)
+
+
+def _opened(path: str | Path):
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}): copy or download it again") from error
+
+
+def check_weight_files(folder: str | Path, *, needed: bool = True) -> None:
+    """Refuse a folder whose weights are no safetensors, or whose index names files outside of it.
+
+    Args:
+        folder: Of a model or an adapter.
+        needed: Whether weights are read at all.
+    """
+    folder = Path(folder)
+    pickles = sorted(path.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl") for path in folder.glob(kind))
+    for name in pickles if needed else ():
+        kind = next((kind for kind in ("adapter_model", "pytorch_model", "model") if name.startswith(kind)), None)
+        if kind and not any(folder.glob(f"{kind.removeprefix('pytorch_')}*.safetensors")):
+            raise ValueError(
+                f"{folder} holds its weights as a pickle alone ({name}), which can run code when it is read: ask for "
+                "safetensors, or convert it where nothing is at stake (from_pretrained, then save_pretrained)"
+            )
+    for index in folder.glob("*.safetensors.index.json"):
+        try:
+            names = [*json.loads(index.read_bytes())["weight_map"].values()]
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{index} is damaged ({type(error).__name__}): copy or download it again") from error
+        for name in names:
+            if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+                raise ValueError(
+                    f"{index} names {str(name)[:80]!r}, and may only name .safetensors files beside it: do not use it"
+                )
+
+
+def check_hub_id(name: str, revision: str | None = None) -> None:
+    """Refuse what is no Hub id (a `HFValidationError`, which is a ValueError) and what could leave the Hub's cache."""
+    if "://" in name:  # not repeated, as it may hold a password or a token
+        raise ValueError("a URL is no Hub id: pass owner/name, or download it and pass the folder")
+    if revision is not None and (".." in revision or revision.startswith("/") or "\\" in revision):
+        raise ValueError(f"revision must be a branch, tag or commit, got {revision!r}")
+    validate_repo_id(name)
 
 
 def _timm_name(name: str) -> str:
@@ -241,17 +298,16 @@ def _config_of_cifar_resnet(path: Path, fields: dict) -> CifarConfig:
         raise ValueError(f"{path} has a config.json beside it: name the folder, so that it is read too")
     if not path.is_file():
         raise FileNotFoundError(f"no weights file {path.resolve()}: correct its name")
-    try:
-        with safe_open(path, framework="pt") as file:
-            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118, it is no dict
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no safetensors file, or not a whole one ({error}): get it again") from error
+    with _opened(path) as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118, it is no dict
     convolutions = [name for name in shapes if re.fullmatch(r"layer\d\.\d+\.conv\d\.weight", name)]
     if not convolutions or not {"conv1.weight", "linear.weight"} <= shapes.keys():
         raise ValueError(
             f"{path} is no CIFAR ResNet in akamaster's naming (conv1, bn1, layer1.0.conv1, ..., linear): "
             "name a folder with a config.json for any other model"
         )
+    if len(shapes["linear.weight"]) != 2 or len(shapes["conv1.weight"]) != 4 or 0 in shapes["linear.weight"]:
+        raise ValueError(f"{path} has weights of shapes that no CIFAR ResNet has: copy or download it again")
     classes = shapes["linear.weight"][0]
     if fields.get("num_labels", classes) != classes:
         raise ValueError(f"{path} has {classes} classes, not {fields['num_labels']}: leave the labels out, or retrain")
@@ -274,10 +330,17 @@ def _config_of_cifar_resnet(path: Path, fields: dict) -> CifarConfig:
 def _load_cifar_resnet(path: Path, fields: dict, pretrained: bool) -> CifarForImageClassification:
     config = _config_of_cifar_resnet(path, fields)
     try:
+        with _opened(path) as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118, no dict
+        with torch.device("meta"):  # a file of a few bytes can name any number of classes and layers
+            expected = CifarForImageClassification(config).state_dict()
+        for name, tensor in expected.items():
+            if not name.endswith(BATCH_COUNT) and shapes.get(name) != tuple(tensor.shape):
+                raise ValueError(f"{name} is {shapes.get(name)} there, and {tuple(tensor.shape)} in such a net")
         model = CifarForImageClassification(config)
         if pretrained:
             model.load_state_dict(load_file(path))
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{path} looks like a {config.architecture} but does not fit one: {error}") from error
     return model
 
