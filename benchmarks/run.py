@@ -156,9 +156,9 @@ class Benchmark:
         self.seconds = interleave({**sides, "alone": alone, "online": online, "cached": cached}, rounds)
         saved = float(np.median(np.subtract(self.seconds["online"], self.seconds["cached"])))
         self.cost = {
-            "fill_seconds": cost["seconds"],
+            "fill_seconds": cost["fill_seconds"],
             "bytes": cost["bytes"],
-            "break_even_epochs": cost["seconds"] / saved if saved > 0 else None,
+            "break_even_epochs": cost["fill_seconds"] / saved if saved > 0 else None,
         }
         self._against(f"cached KD step / student-only step, {pair}", "cached", "alone", "<= 1.05")
 
@@ -338,27 +338,29 @@ def main(words: list[str] | None = None) -> dict:
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     logging.set_verbosity_error()
     start, load = time.perf_counter(), [os.getloadavg()[0]]
-    options = {"bf16": args.bf16, "torch_compile": args.torch_compile}
+    command = shlex.join(["python", "benchmarks/run.py", *(sys.argv[1:] if words is None else words)])
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
+        options = {"bf16": args.bf16, "torch_compile": args.torch_compile}
         benchmark = Benchmark(QUICK if args.quick else Size(), Path(folder), options)
         for part in args.only:
             begin = time.perf_counter()
             getattr(benchmark, f"measure_{part}")()
             print(f"{part}: {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
-    load.append(os.getloadavg()[0])
-    command = shlex.join(["python", "benchmarks/run.py", *(sys.argv[1:] if words is None else words)])
-    record = {
-        "machine": machine(),
-        "command": command,
-        "load": load,
-        "seconds": time.perf_counter() - start,
-        "ratios": benchmark.ratios,
-        "skipped": benchmark.skipped,
-    }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(record, indent=1) + "\n")
+            load.append(os.getloadavg()[0])
+            record = {
+                "machine": machine(),
+                "command": command,
+                "load": load,
+                "seconds": time.perf_counter() - start,
+                "ratios": benchmark.ratios,
+                "skipped": benchmark.skipped,
+            }
+            args.output.write_text(json.dumps(record, indent=1) + "\n")  # what is measured is not lost
     draw(benchmark.ratios, args.output.with_suffix(".png"))
-    print(f"{machine()}, load {load[0]:.1f} to {load[1]:.1f}, {record['seconds']:.0f} s\n\n{table(benchmark.ratios)}")
+    print(
+        f"{machine()}, load {min(load):.1f} to {max(load):.1f}, {record['seconds']:.0f} s\n\n{table(benchmark.ratios)}"
+    )
     for what, why in benchmark.skipped.items():
         print(f"left out: {what}: {why}")
     return record

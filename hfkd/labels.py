@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from hfkd.sharding import whole
+
 
 def named_labels(config) -> list[str] | None:
     """The class names of a configuration, None where they are placeholders such as LABEL_0."""
@@ -50,7 +52,7 @@ def head_looks_new(model: nn.Module) -> bool:
     if not linear or linear[-1].bias is None or linear[-1].bias.is_meta:
         return False
     # Of float32 weights themselves, of quantised ones what they stand for.
-    weight, bias = linear[-1].weight.detach().dequantize(), linear[-1].bias.detach().float()
+    weight, bias = whole(linear[-1].weight.detach()).dequantize(), whole(linear[-1].bias.detach()).float()
     spread, count = weight.std().item(), weight.numel()
     configured = getattr(getattr(model, "config", None), "initializer_range", None)
     if configured is not None and (bias == 0).all():

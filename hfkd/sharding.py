@@ -8,10 +8,15 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor itself, or its shards put together: all processes must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
     """What ``state_dict`` gives, shards put together on the CPU: where there are any, all processes must ask."""
     return {
-        name: tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
+        name: whole(tensor).cpu() if isinstance(tensor, DTensor) else tensor
         for name, tensor in model.state_dict().items()
     }
 

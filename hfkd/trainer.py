@@ -496,10 +496,12 @@ class DistillationTrainer(Trainer):
     def _check_inputs(self, teacher_processing_class: Any) -> None:
         """Show student and teacher the first samples, and look at the tokens of all."""
         readers = [(self.model, "the student", "")]
+        apart = set()  # those with a precision of their own
         if self.teacher_model is not None:
             sources = self.teacher.members if isinstance(self.teacher, Teachers) else [self.teacher]
             models = [self.teacher_model if source is None else source.model for source in sources]
             readers += [(model, "the teacher", "teacher_") for model in models]
+            apart = {id(source.model) for source in sources if source is not None and source.dtype is not None}
             check_tokenizers(
                 self.train_dataset, self.processing_class, teacher_processing_class, self.model, readers[-1][0]
             )
@@ -516,7 +518,7 @@ class DistillationTrainer(Trainer):
         batch = self.context.sample()
         for model, whose, prefix in readers:
             if not next(model.parameters()).is_meta:
-                with self.compute_loss_context_manager():
+                with nullcontext() if id(model) in apart else self.compute_loss_context_manager():
                     check_inputs(model, batch, self.train_dataset, whose, prefix)
 
     def _set_up_distiller(self) -> None:
@@ -1071,6 +1073,7 @@ class DistillationTrainer(Trainer):
                 start_checkpoint(folder)
             self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
+            self._leave_paths_out(folder)
         except (OSError, RuntimeError, SafetensorError) as error:
             if not faults_of(folder):  # written, and not uploaded
                 raise
@@ -1095,12 +1098,6 @@ class DistillationTrainer(Trainer):
         # A pickle that nothing reads, with the Hub token and local paths in it.
         Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
-    def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
-        self._leave_paths_out(
-            os.path.join(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        )
-
     def _push_from_checkpoint(self, checkpoint_folder):
         self._leave_paths_out(checkpoint_folder)
         super()._push_from_checkpoint(checkpoint_folder)
@@ -1109,7 +1106,7 @@ class DistillationTrainer(Trainer):
         super().save_state()
         self._leave_paths_out(self.args.output_dir)
 
-    def _leave_paths_out(self, folder: str) -> None:
+    def _leave_paths_out(self, folder: str | Path) -> None:
         """Of the trainer's state as written: the best checkpoint's path, which is this machine's; its step stays."""
         path = Path(folder, TRAINER_STATE_NAME)
         if self.args.should_save and path.is_file():

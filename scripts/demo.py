@@ -78,7 +78,7 @@ def main() -> None:
     teacher = ["--teacher", str(OUTPUT / "teacher"), "--distiller", "kd"]
     for budget, flags in ((f"{LABELS} labels", ["--labels", str(LABELS)]), ("all labels", [])):
         for seed in SEEDS:
-            for who, extra in (("alone", ["--drop_unlabelled"]), ("taught", teacher)):
+            for who, extra in (("alone", ["--drop_unlabelled"] if flags else []), ("taught", teacher)):
                 name = f"{who}-{budget.split()[0]}-{seed}"
                 result = run(name, *STUDENT, *flags, *extra, "--seed", str(seed))
                 scores.setdefault(f"student {who}, {budget}", []).append(result["test_accuracy"])

@@ -130,6 +130,11 @@ def load_model(
             output_loading_info=True,
         )
     except (OSError, ValueError, SafetensorError) as error:
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"{name!r} comes with code of its own, which is not run: pass trust_remote_code=True "
+                "(--trust_remote_code) if you trust it"
+            ) from error
         if Path(name).is_dir() or not isinstance(error, OSError):
             refusal = OSError if isinstance(error, OSError) else ValueError
             raise refusal(
