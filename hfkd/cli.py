@@ -34,6 +34,9 @@ def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str] | None 
     return HfArgumentParser(dataclass_types).parse_args_into_dataclasses(args=words)
 
 
+_DEEPEST = 20  # a table of flags is 3
+
+
 class _Loader(yaml.SafeLoader):
     """YAML in which only true and false are booleans, so that ``eval_strategy: no`` is a word."""
 
@@ -42,11 +45,18 @@ class _Loader(yaml.SafeLoader):
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
+    depth = 0
+
     def compose_node(self, parent, index):
         # Aliases of aliases are how a small file becomes a huge value.
         if self.check_event(yaml.AliasEvent):
             raise yaml.constructor.ConstructorError(problem="anchors and aliases are not read: write the value out")
-        return super().compose_node(parent, index)
+        self.depth += 1
+        if self.depth > _DEEPEST:
+            raise yaml.constructor.ConstructorError(problem=f"nested more than {_DEEPEST} deep")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(?:true|True|false|False)$"), list("tTfF"))
