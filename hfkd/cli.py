@@ -126,6 +126,9 @@ def json_table(text: str, flag: str) -> dict:
     return table
 
 
+_DEEPEST = 20  # a table of flags is 3
+
+
 class _Loader(yaml.SafeLoader):
     """YAML in which only true and false are booleans, so that ``eval_strategy: no`` is a word; no key twice."""
 
@@ -133,6 +136,8 @@ class _Loader(yaml.SafeLoader):
         first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
+
+    depth = 0
 
     def construct_mapping(self, node, deep=False):
         seen = set()
@@ -146,7 +151,12 @@ class _Loader(yaml.SafeLoader):
         # Aliases of aliases are how a small file becomes a huge value.
         if self.check_event(yaml.AliasEvent):
             raise yaml.constructor.ConstructorError(problem="anchors and aliases are not read: write the value out")
-        return super().compose_node(parent, index)
+        self.depth += 1
+        if self.depth > _DEEPEST:
+            raise yaml.constructor.ConstructorError(problem=f"nested more than {_DEEPEST} deep")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(?:true|True|false|False)$"), list("tTfF"))

@@ -257,3 +257,20 @@ def test_numbers_that_repeat_and_classes_of_one_are_refused():
     for labels in (GOLDEN_LABELS[1:], torch.full((3,), -100)):
         with pytest.raises(ValueError, match="no training sample has another one of its class.*Use KD"):
             bank.fill({**columns, "labels": labels})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("positives", 4, "positives that are none of its 4 rows"),
+        ("negatives", -2, "negatives that are none of its 4 rows"),
+        ("logits", torch.inf, "no numbers"),
+        ("positive_similarities", torch.nan, "no numbers"),
+    ],
+)
+def test_a_bank_that_is_none_is_refused(name, value, message):
+    bank = MemoryBank(4, 3, 2, 2)
+    bank.check()
+    getattr(bank, name)[1, 1] = value
+    with pytest.raises(ValueError, match=message):
+        bank.check()

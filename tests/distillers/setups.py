@@ -29,6 +29,7 @@ class Context:
     teacher_model: nn.Module
     train_dataset: Rows
     progress: float = 0.0
+    is_sharded = False
 
     sample_index = DistillationContext.sample_index
 

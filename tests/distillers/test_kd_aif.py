@@ -536,10 +536,22 @@ def test_the_statistics_of_a_learning_teacher_are_aligned_too(tmp_path, monkeypa
 def test_kept_batches_come_back_to_the_device(tmp_path):
     """The checkpoint's are on the CPU; here the device is one without values."""
     distiller = KDAIF(teacher_update="meta")
-    aif_trainer(tmp_path, distiller, "bert")
-    distiller.load_state_dict({**distiller.state_dict(), "kept.0/input_ids": torch.ones(2, 3)})
-    distiller.on_load(SimpleNamespace(device=torch.device("meta")))
+    context = SimpleNamespace(device=torch.device("meta"), student=aif_trainer(tmp_path, distiller, "bert").model)
+    kept = {"kept.0/input_ids": torch.ones(2, 3), "kept.0/answers": torch.tensor([0, 4])}
+    distiller.load_state_dict({**distiller.state_dict(), **kept})
+    distiller.on_load(context)
     assert distiller.kept.get(0)["input_ids"].device.type == "meta"
+    for name, wrong, message in (
+        ("kept.0/answers", torch.tensor([0, 5]), "answers that are none of 5 classes"),
+        ("kept.0/answers", torch.tensor([0]), "columns of several lengths"),
+        ("kept.0/answers", torch.tensor([0.0, 1.0]), "has no answers"),
+        ("weights", torch.full_like(distiller.weights, torch.nan), "weights are not all finite"),
+        ("weights", -torch.ones_like(distiller.weights), "weights are not all finite and at least 0"),
+    ):
+        distiller.load_state_dict({**distiller.state_dict(), **kept, name: wrong})
+        with pytest.raises(ValueError, match=message):
+            distiller.on_load(context)
+        distiller.load_state_dict({**distiller.state_dict(), **kept, "weights": torch.ones_like(distiller.weights)})
 
 
 REFUSED = [
