@@ -348,7 +348,7 @@ CASES = [
     ("no weights file", lambda f: image(f, "--teacher", f / "none.safetensors"),
      FileNotFoundError, ["no weights file", "none.safetensors", "correct its name"]),
     ("weights file of rubbish", lambda f: image(f, "--teacher", config(f, b"rubbish" * 9, "a.safetensors")),
-     ValueError, ["a.safetensors is no safetensors file", "get it again"]),
+     ValueError, ["a.safetensors is damaged", "copy or download it again"]),
     ("teacher that was never trained", lambda f: image(f, "--teacher", "resnet20"),
      ValueError, ["'resnet20' would start from random weights", "--train_teacher"]),
     ("teacher of text for images", lambda f: image(f, "--teacher", bert(f)),

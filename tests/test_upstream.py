@@ -31,7 +31,6 @@ OVERRIDDEN = {
     "_save_checkpoint": ["model", "trial"],
     "_save_rng_state": ["output_dir"],
     "_save": ["output_dir", "state_dict"],
-    "_save_checkpoint": ["model", "trial"],
     "_push_from_checkpoint": ["checkpoint_folder"],
     "save_state": [],
     "_save_optimizer_and_scheduler": ["output_dir"],
