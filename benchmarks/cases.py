@@ -128,9 +128,9 @@ class Epochs:
         **options,
     ):
         is_text = tokenizer is not None
-        recipe = {"learning_rate": 5e-5} if is_text else {"learning_rate": 0.01, "optim": "sgd", "weight_decay": 5e-4}
-        if not is_text:
-            recipe["optim_args"] = "momentum=0.9"
+        recipe = {"learning_rate": 0.01, "optim": "sgd", "optim_args": "momentum=0.9", "weight_decay": 5e-4}
+        if is_text:
+            recipe = {"learning_rate": 5e-5, "optim": "adamw_torch_fused"}
         arguments = DistillationTrainingArguments(
             str(folder),
             num_train_epochs=1,
