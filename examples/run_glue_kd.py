@@ -67,9 +67,7 @@ class DataArguments:
 @dataclass
 class TrainingArguments(DistillationTrainingArguments):
     output_dir: str = field(default="outputs/glue_kd", metadata={"help": "Where the student goes."})
-    optim: str = field(
-        default="adamw_torch_fused", metadata={"help": "The optimizer; this one is also fast on a CPU."}
-    )
+    optim: str = field(default="adamw_torch_fused", metadata={"help": "The optimizer."})
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of AdamW."})
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Training batch on each device."})
     per_device_eval_batch_size: int = field(default=128, metadata={"help": "Evaluation batch on each device."})
