@@ -276,7 +276,8 @@ def learn(trainer):
     try:
         trainer.compute_loss(trainer._module, trainer._prepare_inputs(batch))
     except FloatingPointError as error:  # of numbers that no file shows to be wrong
-        assert str(error).startswith("the loss of step 3 is not finite, and the step was not taken:")
+        if not str(error).startswith("the loss of step 3 is not finite, and the step was not taken:"):
+            raise
 
 
 @fuzz(12)
