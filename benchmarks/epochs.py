@@ -11,7 +11,7 @@ convolutions read and write at the rate of a large copy, whichever takes longer.
 
 import argparse
 import copy
-import json
+import shlex
 import sys
 import tempfile
 from pathlib import Path
@@ -21,7 +21,7 @@ import datasets
 import numpy as np
 import opponents
 import torch
-from measure import interleave, machine, seconds_of
+from measure import interleave, seconds_of, write
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -80,28 +80,28 @@ def main(words: list[str] | None = None) -> dict:
     teacher, student = cases.image_models(PAIR)
     operations, bandwidth = rates(dtype)
     work = {"student": work_of(student, dtype, True), "teacher": work_of(teacher, dtype, False)}
-    record = {"machine": machine(), "command": ["benchmarks/epochs.py", *(sys.argv[1:] if words is None else words)]}
-    record |= {"images": len(split), "operations_per_second": operations, "bytes_per_second": bandwidth, "epochs": {}}
+    epochs = {}
     for batch_size in args.batch_sizes:
         with tempfile.TemporaryDirectory() as folder:
             sides = _sides(split, pictures, teacher, student, batch_size, Path(folder), args)
             seconds = interleave(sides, args.rounds)
-        for side, measured in seconds.items():
+        for side, times in seconds.items():
             models = ["student", "teacher"] if side in ("reference loop", "online") else ["student"]
             floor = max(
                 sum(work[model][i] for model in models) / rate for i, rate in enumerate((operations, bandwidth))
             )
-            epoch = float(np.median(measured))
-            record["epochs"][f"{side}, batch {batch_size}"] = {
+            epoch = float(np.median(times))
+            epochs[f"{side}, batch {batch_size}"] = {
                 "seconds": epoch,
-                "low": min(measured),
-                "high": max(measured),
+                "low": min(times),
+                "high": max(times),
                 f"minutes_for_{EPOCHS}": EPOCHS * epoch / 60,
                 "floor_seconds": floor * len(split),
             }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"{record['machine']}, {len(split)} images\n\n{table(record['epochs'])}")
+    command = shlex.join(["python", "benchmarks/epochs.py", *(sys.argv[1:] if words is None else words)])
+    measured = {"images": len(split), "operations_per_second": operations, "bytes_per_second": bandwidth}
+    record = write(args.output, command=command, **measured, epochs=epochs)
+    print(f"{record['machine']}, {len(split)} images\n\n{table(epochs)}")
     return record
 
 

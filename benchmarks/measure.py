@@ -1,5 +1,6 @@
 """How the benchmarks measure: rounds of everybody in random order, ratios within a round, medians and quartiles."""
 
+import json
 import os
 import platform
 import random
@@ -28,15 +29,21 @@ def interleave(cases: Mapping[str, Callable[[], float]], rounds: int) -> dict[st
     return measured
 
 
-def ratio(one: Sequence[float], other: Sequence[float], target: str) -> dict:
-    """Median and quartiles of the ratios, round by round, beside what they should be (``"<= 1.05"``)."""
-    ratios = [a / b for a, b in zip(one, other, strict=True)]
-    low, value, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
-    return {"value": value, "low": low, "high": high, "target": target, "runs": len(ratios)}
+def summary(values: Sequence[float], target: str | None = None) -> dict:
+    """Median and quartiles of what the rounds gave, beside what they should be (``"<= 1.05"``), if anything."""
+    low, value, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [*values] * 3
+    return {"value": value, "low": low, "high": high, "target": target, "runs": len(values)}
+
+
+def ratio(one: Sequence[float], other: Sequence[float], target: str | None = None) -> dict:
+    """The summary of the ratios, round by round."""
+    return summary([a / b for a, b in zip(one, other, strict=True)], target)
 
 
 def misses(record: Mapping) -> bool:
     """Whether a target is missed: by the whole interval."""
+    if record["target"] is None:
+        return False
     sign, bound = record["target"].split()
     return record["low"] > float(bound) if sign == "<=" else record["high"] < float(bound)
 
@@ -57,16 +64,17 @@ def seconds_of(work: Callable[[], object]) -> float:
 
 
 class PeakMemory:
-    """The most anonymous memory that this process held, in bytes; a mapped file is not memory.
+    """Anonymous memory of this process, in bytes: at the start, and the most held since; a mapped file is not memory.
 
-    >>> with PeakMemory() as peak:
+    >>> with PeakMemory() as memory:
     ...     _ = bytearray(1 << 24)
-    >>> peak.bytes > 1 << 24
+    >>> memory.peak - memory.start > 1 << 23
     True
     """
 
     def __enter__(self):
-        self.bytes, self._stop = self._now(), threading.Event()
+        self.start = self.peak = self._now()
+        self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
         return self
@@ -74,11 +82,11 @@ class PeakMemory:
     def __exit__(self, *_):
         self._stop.set()
         self._thread.join()
-        self.bytes = max(self.bytes, self._now())
+        self.peak = max(self.peak, self._now())
 
     def _watch(self):
         while not self._stop.wait(0.002):
-            self.bytes = max(self.bytes, self._now())
+            self.peak = max(self.peak, self._now())
 
     @staticmethod
     def _now() -> int:
@@ -105,3 +113,21 @@ def machine() -> str:
     gpu = [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
     processor = f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
     return ", ".join([processor, *gpu, f"{torch.get_num_threads()} threads", f"torch {torch.__version__}"])
+
+
+def table(ratios: Mapping[str, Mapping]) -> str:
+    """The ratios as a table of the docs."""
+    lines = ["| ratio | target | median (quartiles) | rounds | |", "|---|---|---|---|---|"]
+    for name, record in ratios.items():
+        value = "{value:.3g} ({low:.3g}–{high:.3g})".format(**record)
+        verdict = "missed" if misses(record) else ""
+        lines.append(f"| {name} | {record['target'] or ''} | {value} | {record['runs']} | {verdict} |")
+    return "\n".join(lines)
+
+
+def write(output: Path, **record: object) -> dict:
+    """Write a record of this machine and its load as JSON; return it."""
+    record = {"machine": machine(), "load": os.getloadavg()[0], **record}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(record, indent=1) + "\n")
+    return record

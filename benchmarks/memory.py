@@ -9,7 +9,7 @@ from hfkd.models import load_model
 
 
 def main(side: str, number: str, output: str, teacher: str, cache: str) -> None:
-    with PeakMemory() as peak:
+    with PeakMemory() as memory:
         student = load_model(PAIRS["resnet56 to resnet20"][1], num_labels=10)
         has_cache = {"teacher_cache": cache} if side != "alone" else {}
         train = image_set(images(int(number)), student, views=16 if has_cache else None)
@@ -20,7 +20,7 @@ def main(side: str, number: str, output: str, teacher: str, cache: str) -> None:
             epochs.filled = 0
             epochs()
             epochs()
-    print(peak.bytes)
+    print(memory.peak)
 
 
 if __name__ == "__main__":

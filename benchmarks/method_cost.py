@@ -21,18 +21,18 @@ import argparse
 import contextlib
 import copy
 import gc
-import json
 import os
-import platform
-import random
 import shlex
 import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
+from cases import outspoken
+from measure import interleave, machine, ratio, write
 from torch.utils.data import Dataset
 from transformers import BertConfig, BertForSequenceClassification, PrinterCallback, TrainerCallback
 from transformers.utils import logging
@@ -119,18 +119,11 @@ class RandomRows(Dataset):
 def teacher_of(kind: str, classes: int):
     torch.manual_seed(0)
     if kind == "images":
-        teacher = load_model("resnet56", num_labels=classes)
-        head = teacher.linear
-    else:
-        config = BertConfig(
-            hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536, num_labels=classes
-        )
-        teacher = BertForSequenceClassification(config).eval()
-        head = teacher.classifier
-    with torch.no_grad():  # what looks untrained is refused
-        head.weight.mul_(3)
-        head.bias.normal_()
-    return teacher
+        return outspoken(load_model("resnet56", num_labels=classes))
+    config = BertConfig(
+        hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536, num_labels=classes
+    )
+    return outspoken(BertForSequenceClassification(config).eval())
 
 
 def parts(module: torch.nn.Module) -> list[torch.Tensor]:
@@ -178,7 +171,7 @@ class Case:
         )
         # The memories of CRD are as long as the training set; nothing else in a step depends on it.
         size = 50_000 if any(isinstance(part, CRD) for part in distiller.modules()) else 1024
-        self.timer, self.seconds = Timer(), []
+        self.timer = Timer()
         self.trainer = DistillationTrainer(
             student,
             teacher if takes_teacher else None,
@@ -217,14 +210,8 @@ class Case:
             self.trainer.train()
         return list(self.timer.steps)
 
-    def measure(self, steps: int) -> None:
-        self.seconds.append(statistics.median(self._train(steps)))
-
-
-def ratio(one: list[float], other: list[float]) -> list[float]:
-    """First quartile, median and third of the ratios, round by round."""
-    ratios = [a / b for a, b in zip(one, other, strict=True)]
-    return statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
+    def seconds(self, steps: int) -> float:
+        return statistics.median(self._train(steps))
 
 
 def run(kind: str, classes: int, methods: list[str], over: str, rounds: int, steps: int) -> list[dict]:
@@ -232,21 +219,17 @@ def run(kind: str, classes: int, methods: list[str], over: str, rounds: int, ste
     names = {ALONE: ALONE, over: over, AGAIN: over, **{method: method for method in methods}}
     with tempfile.TemporaryDirectory() as folder:
         cases = {name: Case(method, kind, classes, teacher, folder) for name, method in names.items()}
-        for number in range(rounds):
-            order = list(cases)
-            random.Random(number).shuffle(order)
-            for name in order:
-                cases[name].measure(steps)
-    base = [(one + other) / 2 for one, other in zip(cases[over].seconds, cases[AGAIN].seconds, strict=True)]
+        seconds = interleave({name: partial(case.seconds, steps) for name, case in cases.items()}, rounds)
+    base = [(one + other) / 2 for one, other in zip(seconds[over], seconds[AGAIN], strict=True)]
     rows = []
     for name, case in cases.items():
         row = {"run": kind, "classes": classes, "method": name, "over": over}
-        row["step_ms"] = 1000 * statistics.median(case.seconds)
-        row["ratio"] = ratio(case.seconds, base)
-        row["ratio_alone"] = ratio(case.seconds, cases[ALONE].seconds)
+        row["step_ms"] = 1000 * statistics.median(seconds[name])
+        row["ratio"] = ratio(seconds[name], base)
+        row["ratio_alone"] = ratio(seconds[name], seconds[ALONE])
         row["parameters"], row["state_mb"] = case.parameters, case.megabytes
         row["kept_mb"] = case.kept - cases[over].kept
-        rows.append({**row, "seconds": case.seconds})
+        rows.append({**row, "seconds": seconds[name]})
     return rows
 
 
@@ -258,18 +241,10 @@ def table(rows: list[dict], over: str) -> str:
     ]
     for row in rows:
         name = f"`{row['over']}` again" if row["method"] == AGAIN else f"`{row['method']}`"
-        ratios = ("{1:.2f} ({0:.2f}–{2:.2f})".format(*row[key]) for key in ("ratio", "ratio_alone"))
+        ratios = ("{value:.2f} ({low:.2f}–{high:.2f})".format(**row[key]) for key in ("ratio", "ratio_alone"))
         cells = [name, row["classes"], f"{row['step_ms']:.0f}", *ratios, f"{row['parameters']:,}"]
         lines.append(f"| {' | '.join(map(str, cells))} | {row['state_mb']:.2f} | {row['kept_mb']:+.2f} |")
     return "\n".join(lines)
-
-
-def processor() -> str:
-    """The CPU's name, where the system tells it."""
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
 
 
 def main(words: list[str] | None = None) -> list[dict]:
@@ -284,7 +259,6 @@ def main(words: list[str] | None = None) -> list[dict]:
     args = parser.parse_args(words)
     torch.set_num_threads(args.threads)
     logging.set_verbosity_error()
-    machine = f"{processor()}, {args.threads} threads, torch {torch.__version__.partition('+')[0]}"
     load = [os.getloadavg()[0]]
     methods = [method for method in args.methods if method not in (ALONE, args.over)]
     rows = []
@@ -297,11 +271,9 @@ def main(words: list[str] | None = None) -> list[dict]:
     how = f"load {load[0]:.1f} to {load[1]:.1f}; {args.rounds} rounds of {args.steps} steps, median (quartiles)"
     for kind, (models, batch) in RUNS.items():
         if own := [row for row in rows if row["run"] == kind]:
-            print(f"\n{models}, batch {batch}; {machine}, {how}\n\n{table(own, args.over)}", flush=True)
+            print(f"\n{models}, batch {batch}; {machine()}, {how}\n\n{table(own, args.over)}", flush=True)
     command = shlex.join(["python", "benchmarks/method_cost.py", *(sys.argv[1:] if words is None else words)])
-    record = {"command": command, "machine": machine, "load": load, "rows": rows}
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(record, indent=1) + "\n")
+    write(args.output, command=command, load=load, rows=rows)
     return rows
 
 

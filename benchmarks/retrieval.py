@@ -14,22 +14,18 @@ Curve: ``find_neighbours`` for some of the rows as queries, from all rows; the t
 them: what does not depend on the queries (normalising, FAISS's clusters) once, and the rest in proportion. Below each
 other are the exact search and FAISS, which beyond 262,144 rows is approximate; ``found`` is the share of the exact
 neighbours that it finds. Features are random around their class's centre, which is hard on clusters.
-
-Reached on 2 shared cores (AMD EPYC) under a load of 3 to 10, one thread: bank of 50,000 rows 26 s and 0.44 GiB (once);
-step 1.04 (1.02 to 1.15, 5 rounds). Exact search of all rows, extrapolated: 100,000 rows 94 s and 0.6 GiB; 300,000,
-14 min and 1.2 GiB; 1,000,000, 2.2 h and 2.8 GiB. FAISS at 300,000: 5 min, and finds 60 % of those neighbours; below
-262,144 rows it compares with every row too, and is slower than the exact search.
 """
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
 
+import measure
 import method_cost
 import torch
-from influence import entry, in_a_child, record, status
 from transformers.utils import logging
 
 from hfkd.memory import MemoryBank, find_neighbours
@@ -52,28 +48,30 @@ def rows_of(size: int) -> dict[str, torch.Tensor]:
 def measured(what: str, size: int, queries: int) -> dict:
     """In a process of its own: CPU seconds and peak anonymous memory of a bank, or of a search for some rows."""
     torch.set_num_threads(1)
-    (base,) = status("RssAnon")
-    rows = rows_of(size)
-    Path("/proc/self/clear_refs").write_text("5")
-    start = time.process_time()
-    if what == "bank":
-        MemoryBank(size, CLASSES, 8, 64).fill(rows)
-        seconds = [time.process_time() - start]
-    else:
-        # Twice, with many queries and with half of them: the difference is what queries cost.
-        seconds = []
-        for number in (queries // 2, queries):
-            places = torch.arange(number) * (size // number)
-            start = time.process_time()
-            found = find_neighbours(rows["features"], rows["labels"], rows=places, index=what)
-            seconds.append(time.process_time() - start)
-    peak, files, shared = status("VmHWM", "RssFile", "RssShmem")
-    result = {"seconds": seconds, "bytes": peak - files - shared - base}
+    with measure.PeakMemory() as memory:
+        rows = rows_of(size)
+        start = time.process_time()
+        if what == "bank":
+            MemoryBank(size, CLASSES, 8, 64).fill(rows)
+            seconds = [time.process_time() - start]
+        else:
+            # Twice, with many queries and with half of them: the difference is what queries cost.
+            seconds = []
+            for number in (queries // 2, queries):
+                places = torch.arange(number) * (size // number)
+                start = time.process_time()
+                found = find_neighbours(rows["features"], rows["labels"], rows=places, index=what)
+                seconds.append(time.process_time() - start)
+    result = {"seconds": seconds, "bytes": memory.peak - memory.start}
     if what == "faiss":
         exact = find_neighbours(rows["features"], rows["labels"], rows=places[:100])
         pairs = zip(found.negatives[:100].tolist(), exact.negatives.tolist(), strict=True)
         result["found"] = sum(len(set(one) & set(other)) for one, other in pairs) / exact.negatives.numel()
     return result
+
+
+def in_a_child(*words: object) -> dict:
+    return json.loads(measure.run_script(Path(__file__), "--child", *map(str, words)))
 
 
 def for_all(seconds: list[float], queries: int, size: int) -> float:
@@ -88,7 +86,7 @@ def curve(sizes: list[int], queries: int) -> list[dict]:
     for size in sizes:
         for index in ("exact", "faiss"):
             asked = min(queries, size)
-            found = in_a_child(__file__, index, size, asked)
+            found = in_a_child(index, size, asked)
             seconds = for_all(found["seconds"], asked, size)
             rows.append({"rows": size, "index": index, "queries": asked, "all_seconds": seconds, **found})
     return rows
@@ -114,48 +112,42 @@ def table(rows: list[dict]) -> str:
 
 
 def banks(size: int, rounds: int) -> dict[str, dict]:
-    found = [in_a_child(__file__, "bank", size, 0) for _ in range(rounds)]
+    found = [in_a_child("bank", size, 0) for _ in range(rounds)]
     what = f"bank and neighbours of {size:,} x {WIDTH}"
     return {
-        f"{what}, CPU seconds": entry([row["seconds"][0] for row in found], "<= 60"),
-        f"{what}, GiB": entry([row["bytes"] / 2**30 for row in found], "<= 2"),
+        f"{what}, CPU seconds": measure.summary([row["seconds"][0] for row in found], "<= 60"),
+        f"{what}, GiB": measure.summary([row["bytes"] / 2**30 for row in found], "<= 2"),
     }
 
 
 def step(rounds: int, steps: int) -> dict[str, dict]:
     rows = method_cost.run("images", 100, ["InContextKD()"], "KD()", rounds, steps)
     (row,) = [row for row in rows if row["method"] == "InContextKD()"]
-    low, value, high = row["ratio"]
-    return {
-        "InContextKD step / KD step, resnet56 to resnet20": {
-            "value": value,
-            "low": low,
-            "high": high,
-            "target": "<= 1.05",
-            "runs": rounds,
-        }
-    }
+    return {"InContextKD step / KD step, resnet56 to resnet20": {**row["ratio"], "target": "<= 1.05"}}
 
 
 def ratios(quick: bool = False) -> dict[str, dict]:
     """All targets of retrieval, with what was reached."""
-    return banks(10_000 if quick else 50_000, 1 if quick else 3) | step(3 if quick else 9, 1 if quick else 2)
+    return banks(50_000, 1 if quick else 3) | step(3 if quick else 9, 1 if quick else 2)
 
 
 def main(words: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a small bank and few rounds, in about a minute")
+    parser.add_argument("--quick", action="store_true", help="few rounds, in about two minutes")
     parser.add_argument("--curve", nargs="*", type=int, metavar="ROWS", help=f"the curve instead, at {ROWS}")
     parser.add_argument("--queries", type=int, default=2000, help="of each point of the curve")
     parser.add_argument("--output", type=Path, default=Path("outputs/retrieval.json"))
     args = parser.parse_args(words)
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of children
     logging.set_verbosity_error()
     if args.curve is None:
-        return record(ratios(args.quick), args.output)
+        found = ratios(args.quick)
+        print(measure.table(found))
+        return measure.write(args.output, ratios=found)
     rows = curve(args.curve or list(ROWS), args.queries)
     print(table(rows))
-    return record({}, args.output, curve=rows)
+    return measure.write(args.output, curve=rows)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ import numpy as np
 import opponents
 import torch
 from cases import DATA, TEXT, Epochs, FixedBatches, image_models, image_set, images, text_models_and_data
-from measure import interleave, machine, misses, ratio, run_script, seconds_of
+from measure import interleave, machine, misses, ratio, run_script, seconds_of, summary, table, write
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from transformers.utils import logging
@@ -212,7 +212,7 @@ class Benchmark:
             if line is None:
                 raise RuntimeError(f"{shlex.join(map(str, command))} ended before its first step")
         name = "seconds to the first step, examples/run_image_kd.py on 50,000 images, second start"
-        self.ratios[name] = ratio(starts[1:], [1.0] * self.size.starts, "<= 15")
+        self.ratios[name] = summary(starts[1:], "<= 15")
 
     def measure_memory(self) -> None:
         """Peak anonymous memory of training from a full cache, and of the student alone."""
@@ -297,22 +297,13 @@ def _bare_loop(teacher, student, batches):
     return epoch
 
 
-def table(ratios: dict) -> str:
-    lines = ["| ratio | target | median (quartiles) | rounds | |", "|---|---|---|---|---|"]
-    for name, record in ratios.items():
-        value = "{value:.3g} ({low:.3g}–{high:.3g})".format(**record)
-        verdict = "missed" if misses(record) else ""
-        lines.append(f"| {name} | {record['target']} | {value} | {record['runs']} | {verdict} |")
-    return "\n".join(lines)
-
-
 def draw(ratios: dict, path: Path) -> None:
     """Each ratio over its target, with its quartiles; what is met lies on the shaded side."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 0.32 * len(ratios) + 1.2), layout="constrained")
     axes = figure.subplots()
-    axes.axvspan(0.1, 1, color="0.93")
+    axes.axvspan(0.01, 1, color="0.93")
     for row, record in enumerate(reversed(ratios.values())):
         sign, bound = record["target"].split()
         parts = [record[key] / float(bound) for key in ("low", "value", "high")]
@@ -320,7 +311,10 @@ def draw(ratios: dict, path: Path) -> None:
         low, value, high = parts if sign == "<=" else [1 / part for part in reversed(parts)]
         axes.plot([low, high], [row, row], color="#0072B2", linewidth=3, solid_capstyle="butt")
         axes.plot(value, row, "o" if not misses(record) else "X", color="black")
-    axes.set(xscale="log", xlabel="cost over target (left of 1: met)", xlim=(0.1, None))
+    axes.set(xscale="log", xlabel="cost over target (left of 1: met)", xlim=(0.01, None))
+    ticks = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2)
+    axes.set_xticks(ticks, map(str, ticks))
+    axes.minorticks_off()
     axes.set_yticks(range(len(ratios)), list(reversed(ratios)), fontsize=8)
     axes.axvline(1, color="black", linewidth=0.8)
     figure.savefig(path, dpi=150)
@@ -341,7 +335,6 @@ def main(words: list[str] | None = None) -> dict:
     logging.set_verbosity_error()
     start, load = time.perf_counter(), [os.getloadavg()[0]]
     command = shlex.join(["python", "benchmarks/run.py", *(sys.argv[1:] if words is None else words)])
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         options = {"bf16": args.bf16, "torch_compile": args.torch_compile}
         benchmark = Benchmark(QUICK if args.quick else Size(), Path(folder), options)
@@ -350,15 +343,9 @@ def main(words: list[str] | None = None) -> dict:
             getattr(benchmark, f"measure_{part}")()
             print(f"{part}: {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
             load.append(os.getloadavg()[0])
-            record = {
-                "machine": machine(),
-                "command": command,
-                "load": load,
-                "seconds": time.perf_counter() - start,
-                "ratios": benchmark.ratios,
-                "skipped": benchmark.skipped,
-            }
-            args.output.write_text(json.dumps(record, indent=1) + "\n")  # what is measured is not lost
+            seconds = time.perf_counter() - start
+            found = {"ratios": benchmark.ratios, "skipped": benchmark.skipped}
+            record = write(args.output, command=command, load=load, seconds=seconds, **found)  # nothing is lost
     draw(benchmark.ratios, args.output.with_suffix(".png"))
     print(
         f"{machine()}, load {min(load):.1f} to {max(load):.1f}, {record['seconds']:.0f} s\n\n{table(benchmark.ratios)}"

@@ -91,8 +91,9 @@ def find_neighbours(
     found = Neighbours(rows, *_nothing(unit, len(rows), positives), *_nothing(unit, len(rows), negatives))
     candidates = (labels != IGNORE_INDEX).nonzero().squeeze(1)
     bank = unit if len(candidates) == len(unit) else unit[candidates]  # no copy where all have labels
-    search = _exact if index == "exact" else _with_faiss
-    for places, same, other in search(unit, bank, labels, rows, candidates, positives, negatives, block_bytes):
+    question = _Question(unit, bank, labels, rows, candidates, positives, negatives)
+    searched = _exact(question, block_bytes) if index == "exact" else _with_faiss(question)
+    for places, same, other in searched:
         for (scores, neighbours), size, target, similarities in (
             (same, positives, found.positives, found.positive_similarities),
             (other, negatives, found.negatives, found.negative_similarities),
@@ -112,31 +113,35 @@ def _nothing(features: Tensor, size: int, width: int) -> tuple[Tensor, Tensor]:
 _Found = tuple[Tensor, Tensor]
 
 
-def _by_class(labels: Tensor, rows: Tensor, candidates: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """For each class the places of its samples in ``rows`` and those of its members in ``candidates``."""
-    asked, members = labels[rows], labels[candidates]
-    for label in asked[asked != IGNORE_INDEX].unique():
-        yield (asked == label).nonzero().squeeze(1), (members == label).nonzero().squeeze(1)
+@dataclass
+class _Question:
+    """Vectors of length 1 of all samples and of the ``candidates`` among them, and whose neighbours are wanted."""
+
+    unit: Tensor
+    bank: Tensor
+    labels: Tensor
+    rows: Tensor
+    candidates: Tensor
+    positives: int
+    negatives: int
+
+    def by_class(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each class the places of its samples in ``rows`` and those of its members in ``candidates``."""
+        asked, members = self.labels[self.rows], self.labels[self.candidates]
+        for label in asked[asked != IGNORE_INDEX].unique():
+            yield (asked == label).nonzero().squeeze(1), (members == label).nonzero().squeeze(1)
 
 
-def _exact(
-    unit: Tensor,
-    bank: Tensor,
-    labels: Tensor,
-    rows: Tensor,
-    candidates: Tensor,
-    positives: int,
-    negatives: int,
-    block_bytes: int,
-) -> Iterator[tuple[Tensor, _Found, _Found]]:
+def _exact(question: _Question, block_bytes: int) -> Iterator[tuple[Tensor, _Found, _Found]]:
+    unit, bank, rows, candidates = question.unit, question.bank, question.rows, question.candidates
     block = max(1, block_bytes // max(1, len(bank) * bank.element_size()))
-    for of_class, members in _by_class(labels, rows, candidates):
+    for of_class, members in question.by_class():
         for places in of_class.split(block):
             scores = unit[rows[places]] @ bank.T
             same = scores[:, members].masked_fill_(candidates[members] == rows[places, None], -torch.inf)
-            best, chosen = _largest(same, positives)
+            best, chosen = _largest(same, question.positives)
             scores.index_fill_(1, members, -torch.inf)
-            others, rest = _largest(scores, negatives)
+            others, rest = _largest(scores, question.negatives)
             yield places, (best, candidates[members][chosen]), (others, candidates[rest])
 
 
@@ -158,17 +163,10 @@ def _largest(scores: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return best, columns.gather(1, again)
 
 
-def _with_faiss(
-    unit: Tensor,
-    bank: Tensor,
-    labels: Tensor,
-    rows: Tensor,
-    candidates: Tensor,
-    positives: int,
-    negatives: int,
-    block_bytes: int,
-) -> Iterator[tuple[Tensor, _Found, _Found]]:
+def _with_faiss(question: _Question) -> Iterator[tuple[Tensor, _Found, _Found]]:
     import faiss
+
+    unit, rows, candidates = question.unit, question.rows, question.candidates
 
     def build(vectors):
         size, width = vectors.shape
@@ -183,23 +181,24 @@ def _with_faiss(
         inverted.add(vectors)
         return inverted, lambda **options: faiss.SearchParametersIVF(nprobe=min(_PROBED, clusters), **options)
 
-    vectors, bank = (tensor.float().cpu().numpy() for tensor in (unit, bank))
+    vectors, bank = (tensor.float().cpu().numpy() for tensor in (unit, question.bank))
     everything, parameters = build(bank)
 
     def search(index, queries, size, **options):
         scores, found = (torch.from_numpy(part) for part in index.search(queries, size, **options))
         return scores.masked_fill(found < 0, -torch.inf).to(unit), found.clamp(min=0).to(rows)
 
-    for places, members in _by_class(labels, rows, candidates):
+    for places, members in question.by_class():
         queries = vectors[rows[places].cpu().numpy()]
         class_index, class_parameters = build(bank[members.cpu().numpy()])
-        same, found = search(class_index, queries, min(positives + 1, len(members)), params=class_parameters())
+        width = min(question.positives + 1, len(members))
+        same, found = search(class_index, queries, width, params=class_parameters())
         found = candidates[members][found]
         same = same.masked_fill(found == rows[places, None], -torch.inf)
         order = same.argsort(dim=1, descending=True, stable=True)
         own = faiss.IDSelectorBatch(members.cpu().numpy())
         options = {"params": parameters(sel=faiss.IDSelectorNot(own))}
-        others, rest = search(everything, queries, negatives, **options)
+        others, rest = search(everything, queries, question.negatives, **options)
         yield places, (same.gather(1, order), found.gather(1, order)), (others, candidates[rest])
 
 

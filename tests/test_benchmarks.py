@@ -56,15 +56,11 @@ def test_what_methods_cost_is_measured_against_kd_and_the_student_alone(method_c
     assert [row["parameters"] for row in rows.values()] == [0, 0, 0, 1408, 0]
     assert rows["CAM()"]["state_mb"] == pytest.approx(1408 * 4 / 1e6)
     assert rows["CAM()"]["kept_mb"] > rows["again"]["kept_mb"] == rows["KD()"]["kept_mb"] == 0
-    assert rows["StudentAlone()"]["ratio_alone"] == [1.0, 1.0, 1.0]
-    assert rows["KD()"]["ratio"][1] + rows["again"]["ratio"][1] == pytest.approx(2.0)
+    assert rows["StudentAlone()"]["ratio_alone"]["value"] == 1.0
+    assert rows["KD()"]["ratio"]["value"] + rows["again"]["ratio"]["value"] == pytest.approx(2.0)
     assert json.loads(output.read_text())["rows"] == list(rows.values())
     printed = capsys.readouterr().out
     assert f"| `CAM()` | 10 | {rows['CAM()']['step_ms']:.0f} |" in printed
-
-
-def test_ratios_are_taken_round_by_round(method_cost):
-    assert method_cost.ratio([2.0, 40.0, 6.0], [1.0, 10.0, 1.0]) == [3.0, 4.0, 5.0]
 
 
 def test_what_compares_tokens_is_measured_on_text(method_cost):
@@ -100,15 +96,13 @@ def test_a_target_is_missed_by_the_whole_interval(benchmark, low, high, target, 
 def test_peak_memory_is_that_of_arrays_and_not_of_mapped_files(benchmark, tmp_path):
     measure, size = benchmark("measure"), 2**26
     (tmp_path / "file").write_bytes(bytes(size))
-    with measure.PeakMemory() as peak:
-        first = peak.bytes
+    with measure.PeakMemory() as memory:
         assert np.memmap(tmp_path / "file", np.uint8).sum() == 0
-    assert peak.bytes - first < size / 2
-    with measure.PeakMemory() as peak:
-        first = peak.bytes
+    assert memory.peak - memory.start < size / 2
+    with measure.PeakMemory() as memory:
         held = np.ones(size, np.uint8)
         del held
-    assert size / 2 < peak.bytes - first < 2 * size
+    assert size / 2 < memory.peak - memory.start < 2 * size
 
 
 def test_the_reference_loop_and_the_trainer_compute_the_same(benchmark, tmp_path, monkeypatch):
@@ -222,11 +216,11 @@ def test_a_run_is_watched_from_its_first_step(influence):
 def test_memory_is_compared_round_by_round(influence, monkeypatch):
     peaks = iter(range(1, 100))
 
-    def in_a_child(script, kind, refresh, *sizes):
-        assert (kind, sizes) == ("images", (4, 8, 24))
-        return {"base": 100, "peak": 100 + (50 if refresh == "none" else 50 * next(peaks))}
+    def run_script(script, child, kind, refresh, *sizes):
+        assert (child, kind, sizes) == ("--child", "images", ("4", "8", "24"))
+        return json.dumps({"base": 100, "peak": 100 + (50 if refresh == "none" else 50 * next(peaks))})
 
-    monkeypatch.setattr(influence, "in_a_child", in_a_child)
+    monkeypatch.setattr(influence, "run_script", run_script)
     found = influence.memory_of_refreshes("images", 4, 8, 1)
     grown = sorted(row["value"] for name, row in found.items() if name.startswith("its growth"))
     whole = sorted(row["value"] for name, row in found.items() if name.startswith("peak memory"))
@@ -234,20 +228,21 @@ def test_memory_is_compared_round_by_round(influence, monkeypatch):
     assert whole == pytest.approx([1, 200 / 150, 250 / 150, 300 / 150])
 
 
-def test_an_entry_has_median_and_quartiles(influence):
+def test_a_summary_has_median_and_quartiles(benchmark):
+    measure = benchmark("measure")
     expected = {"value": 3.0, "low": 2.0, "high": 4.0, "target": ">= 2", "runs": 5}
-    assert influence.entry([5.0, 1.0, 3.0, 2.0, 4.0], ">= 2") == expected
-    assert influence.entry([7.0], None) == {"value": 7.0, "low": 7.0, "high": 7.0, "target": None, "runs": 1}
+    assert measure.summary([5.0, 1.0, 3.0, 2.0, 4.0], ">= 2") == expected
+    assert measure.summary([7.0]) == {"value": 7.0, "low": 7.0, "high": 7.0, "target": None, "runs": 1}
 
 
 def test_influence_writes_its_record(influence, tmp_path, monkeypatch, capsys):
-    row = {"a / b": influence.entry([0.5], "<= 1")}
+    row = {"a / b": {"value": 0.5, "low": 0.5, "high": 0.5, "target": "<= 1", "runs": 1}}
     monkeypatch.setattr(influence, "ratios", lambda quick: row if quick else {})
     written = influence.main(["--quick", "--output", str(tmp_path / "made" / "record.json")])
     assert json.loads((tmp_path / "made" / "record.json").read_text()) == written
     assert written["ratios"] == row
     assert "torch" in written["machine"]
-    assert "| a / b | 0.5 | 0.5–0.5 | <= 1 |" in capsys.readouterr().out
+    assert "| a / b | <= 1 | 0.5 (0.5–0.5) | 1 |  |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("what", ["bank", "exact", "faiss"])
@@ -265,7 +260,7 @@ def test_the_time_of_all_rows_is_extrapolated_from_some(retrieval):
 
 def test_the_curve_is_a_table(retrieval, monkeypatch, tmp_path, capsys):
     exact, faiss = {"seconds": [3.0, 4.0], "bytes": 2**30}, {"seconds": [0.5, 0.6], "bytes": 2**20, "found": 0.975}
-    monkeypatch.setattr(retrieval, "in_a_child", lambda script, index, *sizes: exact if index == "exact" else faiss)
+    monkeypatch.setattr(retrieval, "in_a_child", lambda index, *sizes: exact if index == "exact" else faiss)
     words = ["--curve", "5000", "--queries", "10", "--output", str(tmp_path / "curve.json")]
     rows = retrieval.main(words)["curve"]
     assert [row["all_seconds"] for row in rows] == pytest.approx([1002.0, 100.4])
@@ -279,7 +274,7 @@ def test_banks_and_steps_have_targets(retrieval, monkeypatch):
     monkeypatch.setattr(
         retrieval.method_cost,
         "run",
-        lambda *_: [{"method": "InContextKD()", "ratio": [0.9, 1.0, 1.1]}, {"method": ""}],
+        lambda *_: [{"method": "InContextKD()", "ratio": {"low": 0.9, "value": 1.0}}, {"method": ""}],
     )
     found = retrieval.ratios()
     assert {name: (row["value"], row["target"]) for name, row in found.items()} == {
