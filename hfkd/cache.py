@@ -32,7 +32,7 @@ from hfkd.data.decoded import default_root
 from hfkd.data.draws import splitmix
 from hfkd.data.image_dataset import ImageDataset
 from hfkd.distillers.base import ModelOutputs
-from hfkd.features import in_float32
+from hfkd.features import in_float32, is_outline
 from hfkd.models.loading import BATCH_COUNT, stored_tensors
 from hfkd.teacher import DeferredTeacher, Teacher, TeacherEnsemble, Teachers, members_of
 
@@ -492,7 +492,8 @@ class TeacherCache:
 
 def keep_on_host(batch: Mapping[str, Tensor]) -> dict[str, Tensor | np.ndarray]:
     """A batch with copies, which stay where they are, of what a cache knows it by: to read it there is to wait."""
-    copies = {f"host_{name}": batch[name].numpy() for name in ("index", "view") if name in batch}
+    # Not views: a loader's worker moves its tensors into shared memory, and their own is freed.
+    copies = {f"host_{name}": batch[name].numpy().copy() for name in ("index", "view") if name in batch}
     return {**batch, **copies}
 
 
@@ -577,10 +578,15 @@ def _digest_of_model(model: nn.Module) -> str:
     if isinstance(model.config, PretrainedConfig):
         fields = {name: value for name, value in model.config.to_dict().items() if name not in _BOOKKEEPING}
         digest.update(json.dumps(fields, sort_keys=True, default=str).encode())
-    is_outline = next(model.parameters()).is_meta
-    for name, tensor in stored_tensors(model.name_or_path) if is_outline else sorted(model.state_dict().items()):
+    tensors = stored_tensors(model.name_or_path) if is_outline(model) else sorted(model.state_dict().items())
+    for name, tensor in tensors:
         if name.endswith(BATCH_COUNT):
             continue
+        if isinstance(tensor, Tensor) and tensor.is_meta:
+            raise ValueError(
+                "a teacher's cache cannot tell a teacher whose weights are offloaded from another: pass the teacher "
+                "by its folder, load it whole, or leave out teacher_cache"
+            )
         digest.update(f"{name} ".encode())
         for part in _raw(tensor):
             digest.update(part)

@@ -23,7 +23,7 @@ from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN
 from hfkd.data import ImageDataset
 from hfkd.data.task_data import TEACHER_COLUMNS, TaskData
 from hfkd.distillers.base import IGNORE_INDEX, Distiller
-from hfkd.features import base_model, input_names, select_inputs, try_out
+from hfkd.features import at_model, base_model, input_names, select_inputs, try_out
 from hfkd.labels import align_labels, head_looks_new, named_labels
 from hfkd.teacher import TeacherEnsemble
 
@@ -64,8 +64,7 @@ def check_inputs(
     model: nn.Module, batch: Mapping[str, Tensor], dataset: Dataset, whose: str, prefix: str = ""
 ) -> None:
     """Refuse a training set that a model cannot read, by showing it the first samples."""
-    device = next(model.parameters()).device
-    inputs = {name: column.to(device) for name, column in select_inputs(model, batch, prefix).items()}
+    inputs = at_model(model, select_inputs(model, batch, prefix))
     if not inputs:
         columns = getattr(innermost(dataset), "column_names", None)
         columns = columns if isinstance(columns, list) else list(dataset[0])

@@ -27,8 +27,9 @@ def is_refusal(error: BaseException) -> bool:
     """
     innermost = traceback.extract_tb(error.__traceback__)[-1]
     script = Path(getattr(sys.modules["__main__"], "__file__", None) or PACKAGE)
-    ours = any(
-        Path(innermost.filename).resolve().is_relative_to(place.resolve()) for place in (PACKAGE, script.parent)
+    place, beside = Path(innermost.filename).resolve(), script.parent.resolve()
+    ours = place.is_relative_to(PACKAGE.resolve()) or (
+        place.is_relative_to(beside) and "site-packages" not in place.relative_to(beside).parts
     )
     return ours and (innermost.line or "").startswith("raise ")
 

@@ -239,6 +239,11 @@ def in_float32(outputs: ModelOutputs) -> ModelOutputs:
     return replace(outputs, logits=_full_precision(outputs.logits), features=features)
 
 
+def is_outline(model: nn.Module) -> bool:
+    """Whether a model has no weights yet. One that Accelerate offloaded has them, and brings them when it is asked."""
+    return next(model.parameters()).is_meta and not hasattr(model, "_hf_hook")
+
+
 def at_model(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A batch on the device of a model's weights."""
     device = next(model.parameters()).device
@@ -291,7 +296,7 @@ def try_out(
         Logits and features, float32 where the model is in half precision.
     """
     with evaluating(model):
-        inputs = in_precision_of(model, at_model(model, batch))
+        inputs = in_precision_of(model, at_model(model, select_inputs(model, batch, prefix)))
         return in_float32(run_model(model, inputs, layers=layers, prefix=prefix))
 
 

@@ -32,13 +32,14 @@ class FiniteLosses:
             step: The number of the optimizer's step.
 
         Raises:
-            FloatingPointError: If the loss is not finite, on the CPU.
+            FloatingPointError: If the loss is not finite; on an accelerator, if the one before was not.
         """
         is_finite = loss.detach().isfinite()
         if self.is_at_hand:
             if not is_finite:
                 raise self._error(parts, batch, step)
             return
+        self.check()  # of the micro-batch before, whose parts would else be kept as long as the accumulation takes
         known = {"index": batch["index"]} if "index" in batch else {}
         self._waiting.append((*self._to_host(is_finite), parts, known, step))
 
@@ -53,6 +54,10 @@ class FiniteLosses:
             done.synchronize()
             if not is_finite:
                 raise self._error(*rest)
+
+    def forget(self) -> None:
+        """Drop what a run that failed has left."""
+        self._waiting = []
 
     @staticmethod
     def _to_host(flag: Tensor) -> tuple[Tensor, torch.Event]:
@@ -71,11 +76,12 @@ class FiniteLosses:
                 lines.append(f"{name}: {what} for the whole batch")
                 continue
             rows = wrong.flatten(1).any(1) if part.ndim > 1 else wrong
-            which = batch["index"][rows] if "index" in batch else rows.nonzero().squeeze(1)
-            kind = "index" if "index" in batch else "rows of the batch"
+            has_index = len(batch.get("index", ())) == len(rows)  # features may have other rows than samples
+            which = batch["index"][rows] if has_index else rows.nonzero().squeeze(1)
+            kind = "samples (index" if has_index else "rows (number"
             more = ", …" if len(which) > 8 else ""
             some = ", ".join(map(str, which[:8].tolist()))
-            lines.append(f"{name}: {what} for {len(which)} of {len(rows)} samples ({kind} {some}{more})")
+            lines.append(f"{name}: {what} for {len(which)} of {len(rows)} {kind} {some}{more})")
         if any(line.startswith("the teacher") for line in lines):
             remedy = 'look at these samples and at the teacher (in half precision: teacher_dtype="float32")'
         elif any(line.startswith("the student") for line in lines):

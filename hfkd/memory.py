@@ -272,12 +272,17 @@ class MemoryBank(nn.Module):
         """Whether somebody has neighbours."""
         return bool((self.positives != MISSING).any())
 
-    def check(self) -> None:
-        """Refuse the content of a file that is no bank of this size.
+    def check(self, sample_index: Tensor) -> None:
+        """Refuse the content of a file that is no bank of these samples.
+
+        Args:
+            sample_index: Their ``index``, of shape (N,), in any order.
 
         Raises:
-            ValueError: If it names rows that there are not, or holds what is no number.
+            ValueError: If it is about other samples, names rows that there are not, or holds what is no number.
         """
+        if self.is_filled and not torch.equal(self.sample_index, sample_index.sort().values.to(self.sample_index)):
+            raise ValueError("its bank is about samples of another index")
         for name in ("positives", "negatives"):
             rows = getattr(self, name)
             if ((rows < MISSING) | (rows >= len(self.logits))).any():

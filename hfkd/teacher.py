@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hfkd.distillers.base import HardLabelLoss, ModelOutputs, autocast_off, check_temperature
-from hfkd.features import Capture, at_model, in_float32, select_inputs
+from hfkd.features import Capture, at_model, in_float32, is_outline, select_inputs
 
 
 class TeacherEnsemble(nn.Module):
@@ -94,11 +94,17 @@ def members_of(teacher: nn.Module) -> list[nn.Module]:
     return list(teacher.members) if isinstance(teacher, TeacherEnsemble) else [teacher]
 
 
+def has_packed_weights(model: nn.Module) -> bool:
+    """Whether it is one of torch's own quantised models, whose layers have no parameters."""
+    return any(not isinstance(value, Tensor) for value in model.state_dict().values())
+
+
 class Teacher:
     """A frozen model that is asked at every step.
 
     It sees the columns ``teacher_…`` of a batch where there are any, in the precision of the surrounding autocast, or
-    in its own ``dtype``. One loaded with ``device_map`` stays where that put it: inputs go there, outputs come back.
+    in its own ``dtype``. One loaded with ``device_map``, or offloaded by Accelerate, stays where that put it; inputs
+    go there, outputs come back.
 
     Args:
         model: A classifier, perhaps quantised; put into evaluation mode, its parameters frozen.
@@ -123,7 +129,7 @@ class Teacher:
         device: torch.device | None = None,
         compile_options: Mapping[str, Any] | None = None,
     ):
-        is_packed = any(not isinstance(value, Tensor) for value in model.state_dict().values())
+        is_packed = has_packed_weights(model)
         if is_packed and dtype is None:
             dtype = torch.float32  # torch's own quantised layers take nothing else
         if dtype not in (None, next(model.parameters()).dtype):
@@ -135,11 +141,12 @@ class Teacher:
             model = copy.deepcopy(model).to(dtype)  # the caller's stays as it is
         self.model = model.eval().requires_grad_(False)
         self.label_order = None if label_order is None else torch.tensor(label_order, device=device)
-        if hasattr(model, "hf_device_map"):
+        if hasattr(model, "hf_device_map") or hasattr(model, "_hf_hook"):
             device = None
         else:
             self.model.to(device)
         self.dtype, self.device = dtype, device
+        self._modules, self._parameters = list(model.modules()), list(model.parameters())
         self._answer = self._run if compile_options is None else torch.compile(self._run, **compile_options)
         self.watch(layers)
 
@@ -153,7 +160,7 @@ class Teacher:
         """In which it would answer here and now: by its own dtype, else the autocast around it, else its weights'."""
         parameter, dtype = next(self.model.parameters()), self.dtype
         device = (self.device or parameter.device).type
-        if dtype is None and torch.is_autocast_enabled(device):
+        if dtype is None and device != "meta" and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
         return str(dtype or parameter.dtype).removeprefix("torch.")
 
@@ -164,16 +171,16 @@ class Teacher:
         Raises:
             RuntimeError: If somebody put the teacher into training mode or unfroze it.
         """
-        training = any(module.training for module in self.model.modules())
-        if training or any(parameter.requires_grad for parameter in self.model.parameters()):
+        training = any(module.training for module in self._modules)
+        if training or any(parameter.requires_grad for parameter in self._parameters):
             raise RuntimeError(
                 "the teacher is in training mode or has trainable parameters: it must stay frozen. "
                 "Keep it out of the student's modules, and use a distiller with trains_teacher=True to train it"
             )
-        if self.dtype is not None:
-            batch = {k: v.to(self.dtype) if v.is_floating_point() else v for k, v in batch.items()}
         # Of its inputs alone, or torch.compile would compile for each set of other columns.
-        inputs = select_inputs(self.model, at_model(self.model, batch), prefix="teacher_")
+        inputs = at_model(self.model, select_inputs(self.model, batch, prefix="teacher_"))
+        if self.dtype is not None:
+            inputs = {k: v.to(self.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
         with (
             self._capture,
             nullcontext() if self.dtype is None else autocast_off(next(self.model.parameters()).device),
@@ -206,7 +213,7 @@ class DeferredTeacher(Teacher):
     @property
     def is_loaded(self) -> bool:
         """Whether the weights are there."""
-        return not next(self.model.parameters()).is_meta
+        return not is_outline(self.model)
 
     def materialize(self) -> None:
         """Load the weights if they are not there."""

@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 import torch.distributed
+
+
+def outlive(start: Callable[[int], None] | None, number: int) -> None:
+    """Start a loader's worker that ends on its parent's SIGTERM alone.
+
+    The signal often goes to all processes of a job alike, and a worker that died of it would have the run end before
+    the checkpoint is written. The parent's own is how Python ends workers when it exits, and then waits for them. A
+    worker whose parent is gone ends by itself.
+    """
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_wait_for_parent, daemon=True).start()
+    if start is not None:
+        start(number)
+
+
+def _wait_for_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 class Termination:

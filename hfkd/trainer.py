@@ -71,6 +71,7 @@ from hfkd.features import (
     find_module,
     in_float32,
     input_names,
+    is_outline,
     probe,
     run_model,
     use_channels_last,
@@ -80,8 +81,16 @@ from hfkd.labels import head_looks_new, named_labels
 from hfkd.modelcard import base_without_home, write_model_card
 from hfkd.models.loading import check_weight_files, load_teacher
 from hfkd.sharding import load_whole_state, whole_state
-from hfkd.teacher import ColumnTeacher, DeferredTeacher, Teacher, TeacherEnsemble, Teachers, members_of
-from hfkd.termination import Termination
+from hfkd.teacher import (
+    ColumnTeacher,
+    DeferredTeacher,
+    Teacher,
+    TeacherEnsemble,
+    Teachers,
+    has_packed_weights,
+    members_of,
+)
+from hfkd.termination import Termination, outlive
 from hfkd.training_args import DistillationTrainingArguments
 
 
@@ -444,7 +453,8 @@ class DistillationTrainer(Trainer):
         ]
         use_channels_last(self.teacher_model)
         own, other = (sum(p.numel() for p in model.parameters()) for model in (self.model, self.teacher_model))
-        if unlike and other < 0.9 * own:  # two nets of one size differ in their shortcuts or heads
+        is_counted = not has_packed_weights(self.teacher_model)
+        if unlike and is_counted and other < 0.9 * own:  # two nets of one size differ in their shortcuts or heads
             warnings.warn(
                 f"the teacher has {other:,} parameters and the student {own:,}: are they swapped (model= is the "
                 "student)?",
@@ -470,7 +480,7 @@ class DistillationTrainer(Trainer):
         dtype = getattr(self.args, "teacher_dtype", None)
         dtype = getattr(torch, dtype) if dtype else None
         options = {"dtype": dtype, "device": self.args.device, "compile_options": self._compile_options()}
-        if next(self.teacher_model.parameters()).is_meta:
+        if is_outline(self.teacher_model):
             load = partial(self._load_waiting, self.teacher_model.name_or_path, self.model)
             self.teacher = DeferredTeacher(self.teacher_model, load, label_order=label_orders[0], **options)
             return
@@ -517,7 +527,7 @@ class DistillationTrainer(Trainer):
             )
         batch = self.context.sample()
         for model, whose, prefix in readers:
-            if not next(model.parameters()).is_meta:
+            if not is_outline(model):
                 with nullcontext() if id(model) in apart else self.compute_loss_context_manager():
                     check_inputs(model, batch, self.train_dataset, whose, prefix)
 
@@ -718,6 +728,12 @@ class DistillationTrainer(Trainer):
         by_sample = super()._get_collator_with_removed_columns(data_collator, description)
         return _Collator(data_collator, by_sample)
 
+    def _get_dataloader(self, *args, **kwargs):
+        loader = super()._get_dataloader(*args, **kwargs)
+        inner = getattr(loader, "base_dataloader", loader)  # Accelerate's own, which it iterates
+        inner.worker_init_fn = partial(outlive, inner.worker_init_fn)
+        return loader
+
     def get_train_dataloader(self):
         collator = self.data_collator
         if self.cache is not None:
@@ -785,8 +801,7 @@ class DistillationTrainer(Trainer):
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
         self._evaluated.zero_()
-        if self.is_fsdp_enabled:  # which leaves each process its own BatchNorm statistics
-            self.context.align_buffers(self.model)
+        self.context.align_buffers(self.model)  # what is scored is what will be saved
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         # transformers averages batches, whatever number of labelled samples they hold: none at all gives NaN.
         loss, labelled = self._evaluated.tolist()
@@ -1050,6 +1065,8 @@ class DistillationTrainer(Trainer):
         """
         if resume_from_checkpoint:
             resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
+        self._saved_step = -1
+        self._finite_losses.forget()
         with self._termination.watched():
             output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
             if self._termination.came_too_late():
@@ -1058,7 +1075,7 @@ class DistillationTrainer(Trainer):
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
         is_due = self._termination.is_due()
-        self.control.should_save |= is_due
+        self.control.should_save |= is_due and self._saved_step != self.state.global_step
         super()._maybe_log_save_evaluate(*args, **kwargs)
         if is_due:
             if self._saved_step != self.state.global_step:  # an evaluation that was not the best
@@ -1074,6 +1091,8 @@ class DistillationTrainer(Trainer):
             self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
             self._leave_paths_out(folder)
+        except (torch.OutOfMemoryError, torch.distributed.DistError):
+            raise
         except (OSError, RuntimeError, SafetensorError) as error:
             if not faults_of(folder):  # written, and not uploaded
                 raise
@@ -1083,7 +1102,8 @@ class DistillationTrainer(Trainer):
             kept = "none was written before" if last is None else f"the one before, {last}, is whole"
             remedy = "make room, and start again" + ("" if last is None else " with resume_from_checkpoint=True")
             raise OSError(f"{folder} could not be written ({error}); {kept}: {remedy}") from error
-        (folder / UNFINISHED_NAME).unlink(missing_ok=True)
+        if self.args.should_save:
+            (folder / UNFINISHED_NAME).unlink(missing_ok=True)
         self._saved_step = self.state.global_step
 
     def _save_rng_state(self, output_dir):
@@ -1124,6 +1144,14 @@ class DistillationTrainer(Trainer):
             folder = self.args.output_dir
         best = os.path.join(folder, f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
         self.state.best_model_checkpoint = best if os.path.isdir(best) else None
+        is_lost = self.state.best_global_step is not None and not os.path.isdir(best)
+        if is_lost and self.args.load_best_model_at_end:
+            warnings.warn(
+                f"the best checkpoint so far, {best}, is not there: put it beside the one that this run resumes from, "
+                "or load_best_model_at_end loads nothing unless a later one is better",
+                UserWarning,
+                stacklevel=2,
+            )
 
     def _save_optimizer_and_scheduler(self, output_dir):
         with self._module_as_model():
@@ -1167,6 +1195,8 @@ class DistillationTrainer(Trainer):
                 )
             try:
                 load_whole_state(self.distiller, safetensors.torch.load_file(path))
+            except torch.OutOfMemoryError:
+                raise
             except (safetensors.SafetensorError, RuntimeError) as error:  # the latter: other names or shapes
                 raise ValueError(
                     f"{path} is damaged, or of another method or data set than this {type(self.distiller).__name__}: "

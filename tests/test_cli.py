@@ -1,5 +1,7 @@
 """Command lines: flags from a file."""
 
+import runpy
+import sys
 from dataclasses import dataclass, field
 
 import pytest
@@ -100,6 +102,19 @@ def test_a_bug_keeps_its_traceback():
         make_distiller(None)  # comes out of an expression in hfkd
     with pytest.raises(ValueError, match="invalid literal"), explain_refusals():
         int("x")  # comes out of another library
+
+
+def test_a_library_beside_the_script_is_no_part_of_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(tmp_path / "train.py"), raising=False)
+    caught = {}
+    for name in ("helper.py", ".venv/lib/site-packages/library.py"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("raise RuntimeError(__file__)")
+        with pytest.raises((RuntimeError, SystemExit)) as error, explain_refusals():
+            runpy.run_path(str(path))
+        caught[path.name] = error.type
+    assert caught == {"helper.py": SystemExit, "library.py": RuntimeError}
 
 
 def test_a_refusal_keeps_its_traceback_on_request(monkeypatch):

@@ -21,7 +21,7 @@ from hfkd.trainer import DISTILLER_NAME
 
 # Scenarios by launch; for the nodes four processes, two on each.
 LAUNCHES = {
-    "nodes": ("ddp", 2, ["on_nodes", "resume", "from_others"]),
+    "nodes": ("ddp", 2, ["on_nodes", "resume", "from_others", "batch_norm"]),
     "fsdp": ("fsdp", 2, ["methods", "refused", "resume", "from_others", "more", "half", "batch_norm"]),
     "fsdp_alone": ("fsdp", 1, ["from_others"]),
     "gpu": ("fsdp", 1, ["methods", "resume", "more", "half"]),
@@ -224,11 +224,13 @@ def test_bfloat16_is_autocast_under_fsdp(results, one_process, name):
         assert result["loss"] == pytest.approx(one_process("half")["loss"], rel=1e-4 if name == "fsdp" else 0.03)
 
 
-def test_all_evaluate_with_the_batch_norm_of_the_first_process_under_fsdp(results):
-    first, second = results("fsdp", "batch_norm")
+@pytest.mark.parametrize("name", ["nodes", "fsdp"])
+def test_all_evaluate_with_the_batch_norm_of_the_first_process(results, name):
+    first, *others = results(name, "batch_norm")
     assert_identical(first["after"], first["before"])
-    assert_identical(second["after"], first["before"])
-    assert largest_difference(second["before"], first["before"]) > 1e-3
+    for other in others:
+        assert_identical(other["after"], first["before"])
+        assert largest_difference(other["before"], first["before"]) > 1e-3
 
 
 REMEDIES = {

@@ -2,12 +2,14 @@
 
 import errno
 import itertools
+import json
 import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import time
+import weakref
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -24,7 +26,14 @@ from transformers.modeling_outputs import ImageClassifierOutput
 import hfkd.distillers.kd_aif
 import hfkd.memory
 import hfkd.trainer
-from hfkd.checkpoints import FILES_NAME, UNFINISHED_NAME, checkpoints_in, faults_of, last_whole_checkpoint
+from hfkd.checkpoints import (
+    FILES_NAME,
+    UNFINISHED_NAME,
+    checkpoints_in,
+    faults_of,
+    last_whole_checkpoint,
+    start_checkpoint,
+)
 from hfkd.distillers import KD, KDAIF, Combined, InContextKD
 from hfkd.finite import FiniteLosses
 
@@ -261,6 +270,64 @@ def test_sigterm_saves_and_the_run_goes_on_from_there(tmp_path, uninterrupted, s
     assert not (tmp_path / "result.pt").exists()
     assert last_whole_checkpoint(tmp_path / "run").name == f"checkpoint-{step + 1}"
     finish_and_compare(tmp_path, uninterrupted)
+
+
+def test_sigterm_to_all_of_a_job_saves_although_its_loaders_have_workers(tmp_path, uninterrupted):
+    """As a cluster sends it, or ``timeout``. A worker takes one from its parent for a good end."""
+    waits = tmp_path / "waits"
+
+    def before(trainer):
+        def wait():
+            os.setpgid(0, 0)
+            for worker in multiprocessing.active_children():
+                os.setpgid(worker.pid, os.getpid())
+            waits.touch()
+            while not trainer._termination._asked:
+                time.sleep(0.01)
+
+        trainer.add_callback(At(5, wait))
+
+    process = child(go_on, tmp_path, before, dataloader_num_workers=2)
+    while not waits.exists() and process.is_alive():
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGTERM)
+    process.join()
+    assert process.exitcode == 128 + signal.SIGTERM
+    assert last_whole_checkpoint(tmp_path / "run").name == "checkpoint-6"
+    finish_and_compare(tmp_path, uninterrupted)
+
+
+def test_sigterm_while_a_checkpoint_is_written_writes_it_once(tmp_path, monkeypatch):
+    """At the end of an epoch the trainer comes by twice."""
+
+    class Late(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            if state.global_step == 4:
+                terminate()
+
+    started = []
+    monkeypatch.setattr(
+        hfkd.trainer, "start_checkpoint", lambda folder: [started.append(folder.name), start_checkpoint(folder)]
+    )
+    trainer = everything(tmp_path)
+    trainer.add_callback(Late())
+    with pytest.raises(SystemExit):
+        trainer.train()
+    assert started == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_a_best_checkpoint_that_is_lost_is_told(tmp_path):
+    data = rows("bert", 8, seed=1)
+    settings = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    settings |= {"load_best_model_at_end": True, "max_steps": 2, "trainer": {"eval_dataset": data}}
+    make_trainer(tmp_path / "run", tiny("bert"), None, None, rows("bert"), **settings).train()
+    shutil.copytree(tmp_path / "run" / "checkpoint-2", tmp_path / "other" / "checkpoint-2")
+    path = tmp_path / "other" / "checkpoint-2" / "trainer_state.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "best_global_step": 1}))
+    settings["max_steps"] = 3
+    trainer = make_trainer(tmp_path / "other", tiny("bert"), None, None, rows("bert"), **settings)
+    with pytest.warns(UserWarning, match="the best checkpoint so far, .*checkpoint-1, is not there: put it beside"):
+        trainer.train(resume_from_checkpoint=True)
 
 
 def test_sigterm_saves_whatever_the_strategy_and_only_in_train(tmp_path):
@@ -572,7 +639,7 @@ def test_what_is_no_number_is_named_and_the_step_not_taken(tmp_path, side, value
 
 def test_without_numbers_of_their_own_samples_are_told_by_their_rows(tmp_path):
     trainer, _ = finite_run(tmp_path, "teacher", float("nan"), index=False)
-    with pytest.raises(FloatingPointError, match=r"2 of 4 samples \(rows of the batch 1, 3\)"):
+    with pytest.raises(FloatingPointError, match=r"2 of 4 rows \(number 1, 3\)"):
         trainer.train()
 
 
@@ -591,6 +658,29 @@ def test_a_weight_that_is_no_number_is_named(tmp_path):
     trainer = make_trainer(tmp_path, tiny("bert"), tiny_teacher("bert"), KD(), data)
     with pytest.raises(FloatingPointError, match=r"the weights of the samples: NaN for 1 of 8 samples \(index 6\)"):
         trainer.train()
+
+
+def test_parts_with_other_rows_than_samples_are_named():
+    feature = torch.zeros(8, 3)
+    feature[5] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"the teacher's layer: NaN for 1 of 8 rows \(number 5\)"):
+        FiniteLosses(torch.device("cpu")).watch(
+            torch.tensor(float("nan")), {"the teacher's layer": feature}, {"index": torch.arange(4)}, 1
+        )
+
+
+def test_on_an_accelerator_one_micro_batch_at_most_is_kept(monkeypatch):
+    losses = FiniteLosses(torch.device("cuda"))
+    monkeypatch.setattr(losses, "_to_host", lambda flag: (flag, Mock()))
+    kept = []
+    for _ in range(4):
+        part = torch.zeros(3)
+        kept.append(weakref.ref(part))
+        losses.watch(torch.tensor(1.0), {"part": part}, {}, 1)
+        del part
+    assert [reference() is None for reference in kept] == [True, True, True, False]
+    losses.forget()
+    assert kept[-1]() is None
 
 
 def test_a_scalar_term_is_named():

@@ -270,7 +270,17 @@ def test_numbers_that_repeat_and_classes_of_one_are_refused():
 )
 def test_a_bank_that_is_none_is_refused(name, value, message):
     bank = MemoryBank(4, 3, 2, 2)
-    bank.check()
+    bank.check(torch.arange(4))
     getattr(bank, name)[1, 1] = value
     with pytest.raises(ValueError, match=message):
-        bank.check()
+        bank.check(torch.arange(4))
+
+
+def test_a_bank_of_other_samples_is_refused():
+    bank = MemoryBank(4, 4, 2, 2, torch.float64)
+    bank.check(torch.arange(4) + 7)  # nothing is in it yet
+    index = torch.tensor([9, 7, 8, 3])
+    bank.fill({"index": index, "features": GOLDEN_FEATURES, "logits": GOLDEN_LOGITS, "labels": GOLDEN_LABELS})
+    bank.check(index.flip(0))
+    with pytest.raises(ValueError, match="samples of another index"):
+        bank.check(torch.arange(4))

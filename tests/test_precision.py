@@ -4,6 +4,7 @@ In bfloat16 every method is tried in ``test_under_conditions.py``. Tests named `
 ``pytest tests/test_precision.py -k gpu``.
 """
 
+import copy
 import sys
 from dataclasses import replace
 from functools import partial
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import disk_offload
 from helpers import (
     Mutual,
     Weighted,
@@ -291,6 +293,23 @@ def test_a_placed_teacher_is_not_moved(tmp_path):
     del teacher.hf_device_map
     with pytest.raises(RuntimeError, match="moved"):
         taught(tmp_path, teacher)
+
+
+def test_an_offloaded_teacher_keeps_its_weights_where_they_are(tmp_path):
+    """They lie on the device meta as those of a teacher that waits behind its cache do, and are not the file's."""
+    teacher = tiny_teacher("bert")
+    expected = logged(taught(tmp_path, copy.deepcopy(teacher)), "loss")
+    teacher.name_or_path = str(tmp_path / "nowhere")
+    teacher = disk_offload(teacher, tmp_path / "offloaded")
+    assert logged(taught(tmp_path, teacher), "loss") == expected
+    with pytest.raises(ValueError, match="weights are offloaded.*leave out teacher_cache"):
+        taught(tmp_path, teacher, teacher_cache=str(tmp_path / "cache"))
+
+
+def test_a_column_that_is_no_tensor_is_none_of_the_teachers_business():
+    teacher = Teacher(tiny_teacher("bert"), dtype=torch.bfloat16)
+    batch = {**rows("bert", 4).columns, "text": ["a", "b", "c", "d"]}
+    assert teacher(batch).logits.dtype == torch.bfloat16
 
 
 def test_a_placed_teacher_answers_where_it_was_asked():

@@ -45,7 +45,6 @@ KEYWORDS = {"allow_pickle": True, "weights_only": False, "trust_remote_code": Tr
 ALLOWED = {
     ("benchmarks/method_cost.py", "eval"),
     ("benchmarks/run.py", "subprocess"),
-    ("benchmarks/influence.py", "subprocess"),
     ("benchmarks/measure.py", "subprocess"),
 }
 

@@ -316,7 +316,7 @@ class InContextKD(Distiller):
     def on_load(self, context):
         for bank in (self.student_bank, self.teacher_bank):
             if bank is not None:
-                bank.check()
+                bank.check(context.sample_index())
 
     def on_train_begin(self, context):
         if self.mode != "offline":
