@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def on_page_markdown(markdown: str, **kwargs) -> str:
-    """Replace ``<!-- include: FILE.md#Heading -->`` by what is under that heading, and of a .py file by its code.
+    """Replace ``<!-- include: FILE.md#Heading -->`` by what is under that heading, without one by the whole file.
 
     On a page that is read in the repository the comment shows nothing, so the sentence before it must name the file.
     """
@@ -23,8 +23,6 @@ def on_page_markdown(markdown: str, **kwargs) -> str:
 
 def _included(path: str, heading: str | None) -> str:
     text = (ROOT / path).read_text(encoding="utf-8")
-    if path.endswith(".py"):
-        return f"```python\n{text}```"
     text = re.sub(r"\A# .+\n", "", text)  # the page has a title of its own
     if heading is not None:
         found = re.search(rf"^(#+) {re.escape(heading)}\n(.*?)(?=^\1 |\Z)", text, re.M | re.S)
@@ -58,9 +56,12 @@ class RestructuredText(griffe.Extension):
         """Go through all that a package defines."""
         for thing in _defined_in(pkg):
             if thing.is_attribute and thing.parent.is_class and thing.docstring is None:
-                found = re.search(r"""metadata=\{'help': (['"])(.+?)\1[,}]""", str(thing.value or ""))
+                found = re.fullmatch(
+                    r"""field\(default=(.+), metadata=\{'help': (['"])(.+?)\2.*""", str(thing.value or "")
+                )
                 if found:
-                    thing.docstring = griffe.Docstring(found.group(2), parent=thing)
+                    thing.value = found.group(1)
+                    thing.docstring = griffe.Docstring(found.group(3), parent=thing)
             elif thing.docstring is not None:
                 thing.docstring.value = _as_markdown(thing.docstring.value, thing)
 
@@ -81,6 +82,7 @@ def _as_markdown(text: str, scope: griffe.Object) -> str:
     )
     text = re.sub(r"^>>> (?:.+\n?)+", lambda m: f"```pycon\n{m[0].rstrip()}\n```\n", text, flags=re.M)
     text = re.sub(r"::\n\n(?= )", ":\n\n", text)
+    text = re.sub(r"^Shapes:\n((?: .+\n?)+)", lambda m: f"**Shapes:** {' '.join(m[1].split())}\n", text, flags=re.M)
     text = re.sub(r":math:`(.+?)`", r"$\1$", text)
     return re.sub(r":\w+:`(.+?)`", lambda m: _as_link(m[1], scope), text)
 

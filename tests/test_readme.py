@@ -19,6 +19,12 @@ PATHS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in PATHS}
 every_page = pytest.mark.parametrize("page", PAGES)
 OF_LAUNCHERS = {"--nproc_per_node", "--num_processes", "--multi_gpu", "--signal"}
+OF_SCRIPTS = {
+    flag
+    for folder in ("benchmarks", "scripts")
+    for path in (ROOT / folder).glob("*.py")
+    for flag in re.findall(r'add_argument\("(--\w+)"', path.read_text(encoding="utf-8"))
+}
 
 
 def snippets(language, page="README.md"):
@@ -100,7 +106,8 @@ def parsers():
     found = {}
     for script in ("run_image_kd", "run_glue_kd"):
         module = importlib.import_module(script)
-        found[script] = HfArgumentParser((module.ModelArguments, module.DataArguments, module.TrainingArguments))
+        types = (module.ModelArguments, module.DataArguments, module.TrainingArguments)
+        found[script] = HfArgumentParser(types, allow_abbrev=False)
         sys.modules.pop(script)
     sys.path.remove(str(ROOT / "examples"))
     return found
@@ -122,4 +129,4 @@ def test_flags_exist(page, parsers):
             assert not unknown or ("run_image_kd" in source and known.issuperset(unknown)), unknown
     prose = re.sub(r"```.*?```", "", PAGES[page], flags=re.S)
     named = {flag for code in re.findall(r"`([^`]+)`", prose) for flag in re.findall(r"(?<!\S)--\w+", code)}
-    assert named <= known | OF_LAUNCHERS
+    assert named <= known | OF_LAUNCHERS | OF_SCRIPTS

@@ -161,6 +161,10 @@ def near(x):
     .. math:: a + b
         + c
 
+    Shapes:
+        (B,). Returns
+        a scalar.
+
     >>> near(1)
     2
 
@@ -183,9 +187,9 @@ def test_docstrings_become_markdown(hooks, tmp_path):
     assert module["near"].docstring.value == (
         "A [`Thing`][written.Thing], [`near`][written.near], [`Thing.go`][written.Thing.go], "
         "[`going`][written.Thing.go] of $a_b$:\n\n    literal\n\n"
-        "$$\na + b + c\n$$\n\n```pycon\n>>> near(1)\n2\n```\n\nEnd."
+        "$$\na + b + c\n$$\n\n**Shapes:** (B,). Returns a scalar.\n\n```pycon\n>>> near(1)\n2\n```\n\nEnd."
     )
-    assert module["Thing.rate"].docstring.value == "How fast."
+    assert (module["Thing.rate"].value, module["Thing.rate"].docstring.value) == ("1.0", "How fast.")
     assert module["Thing.go"].docstring.value == "Uses [`near`][written.near]."
     (tmp_path / "written.py").write_text(SOURCE.replace(":func:`near`", ":func:`far`"))
     with pytest.raises(griffe.NameResolutionError, match="far"):
