@@ -209,7 +209,7 @@ def address(site):
 
 
 @pytest.mark.parametrize("width", [1200, 390])
-@pytest.mark.parametrize("name", ["", "methods/", "troubleshooting/", "api/distillers/"])
+@pytest.mark.parametrize("name", ["", "methods/", "engines/", "troubleshooting/", "api/distillers/"])
 def test_pages_fit_a_desk_and_a_phone(address, page, name, width):
     asked = []
     page.on("request", lambda request: asked.append(request.url))
