@@ -8,7 +8,7 @@ ifneq ($(filter /%,$(VENV)),)
 RUN := $(VENV)/bin
 endif
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench docs lint clean
 
 demo: $(INSTALLED)  ## teach a small net on scikit-learn's digits: 2 to 4 minutes
 	$(RUN)/python scripts/demo.py
@@ -19,6 +19,9 @@ test: $(INSTALLED)  ## the whole suite
 bench: $(INSTALLED)  ## speed against plain training, torchdistill and TextBrewer: under 30 minutes on 2 cores
 	$(RUN)/python -m pip install --quiet --editable ".[bench]"
 	$(RUN)/python benchmarks/run.py --output outputs/bench.json
+
+docs: $(INSTALLED)  ## the site, into site/: every warning is an error
+	NO_MKDOCS_2_WARNING=1 $(RUN)/python -m mkdocs build --strict
 
 lint:  ## what the workflow checks; needs ruff
 	$(PYTHON) -m ruff check .

@@ -16,7 +16,7 @@ EXPORT = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5"]
 TRACK = ["tensorboard>=2.18", "trackio>=0.10"]
 TUNE = ["optuna>=4"]
 SPACE = ["gradio>=5.30"]
-DOCS = ["mkdocs-material>=9.6,<10", "mkdocs>=1.6,<2", "mkdocstrings[python]>=0.29"]
+DOCS = ["mkdocs-material>=9.6,<10", "mkdocs>=1.6,<2", "mkdocstrings[python]>=0.29", "latex2mathml>=3.78"]
 TEST = [
     *("pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "playwright>=1.50", MINILM),
     *(*INFLUENCE, *RETRIEVAL, *EXPORT, *TRACK, *TUNE, *SPACE, *DOCS),

@@ -1,8 +1,10 @@
 """docs/methods.md says of every method what the code says, and its snippets run."""
 
+import ast
 import inspect
 import re
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -107,7 +109,46 @@ def test_links_lead_somewhere_and_the_contents_are_whole():
     assert "(docs/methods.md)" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_snippets_run():
+def test_of_the_readme_links_lead_to_files_and_headings():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    links = re.findall(r"\]\(((?!http)[^)#]+)(?:#([^)]+))?\)", readme)
+    assert len(links) >= 6
+    for path, anchor in links:
+        headings = re.findall(r"^#+ (.+)$", (ROOT / path).read_text(encoding="utf-8"), re.M)
+        anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+        assert not anchor or anchor in anchors, (path, anchor)
+
+
+def test_external_links_are_well_formed():
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    links = [link for page in pages for link in re.findall(r"\]\((\w+:.*?)\)", page.read_text(encoding="utf-8"))]
+    assert len(links) > 80
+    for link in links:
+        parts = urlsplit(link)
+        assert parts.scheme == "https", link
+        assert re.fullmatch(r"[\w-]+(\.[\w-]+)+", parts.netloc), link
+        assert re.fullmatch(r"[\w./-]+", parts.path), link
+
+
+def messages():
+    """Patterns of the texts in hfkd's code: what an f-string fills in may be anything."""
+    for path in (ROOT / "hfkd").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+            literal = "".join(part.value for part in parts if isinstance(getattr(part, "value", None), str))
+            if len(literal) >= 20 and isinstance(node, (ast.JoinedStr, ast.Constant)):
+                yield "".join(re.escape(p.value) if isinstance(p, ast.Constant) else ".+" for p in parts)
+
+
+def test_quoted_messages_are_those_of_the_code():
+    text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"^ *```text\n *(.+?)\n *```$", text, re.M | re.S)
+    assert len(quoted) > 20
+    patterns = [re.compile(pattern) for pattern in messages()]
+    assert not [message for message in quoted if not any(pattern.fullmatch(message) for pattern in patterns)]
+
+
+def test_the_snippets_make_what_they_say():
     found = re.findall(r"```python\n(.+?)```", TEXT, re.S)
     assert len(found) == 2
     names = {}

@@ -233,8 +233,8 @@ class StudentAlone(Distiller):
 class Wrapper(Distiller):
     """A distiller that changes one thing about another and leaves the rest to it.
 
-    A subclass overrides what it is about, most often :meth:`forward`, which may replace ``logits`` on either side
-    (``dataclasses.replace``) before handing over; ``task_logits`` stay as they are.
+    A subclass overrides what it is about, most often :meth:`~Distiller.forward`, which may replace ``logits`` on
+    either side (``dataclasses.replace``) before handing over; ``task_logits`` stay as they are.
 
     Args:
         base: The method to change.

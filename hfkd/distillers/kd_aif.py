@@ -64,7 +64,7 @@ def influence_weights(
     r"""Weights of the training samples from their influence: more for those that help (φ < 0).
 
     .. math:: w_i \propto \frac{1}{1 + e^{k \varphi_i / (\max \varphi - \min \varphi)}} \;(\text{sigmoid}), \qquad
-        w_i = e^{1 - 2 (\varphi_i - \min \varphi) / (\max \varphi - \min \varphi)} \;(\text{exp\_minmax})
+        w_i = e^{1 - 2 (\varphi_i - \min \varphi) / (\max \varphi - \min \varphi)} \;(\text{exp minmax})
 
     The sigmoid's are scaled to mean 1, so that the learning rate keeps its meaning; the others, in [1/e, e], are not.
     Neither depends on the unit of φ. Where all φ are equal, all weights are 1.

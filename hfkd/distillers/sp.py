@@ -14,7 +14,7 @@ from hfkd.features import stage_paths
 def sp_loss(student_features: Tensor, teacher_features: Tensor, *, reduction: str = "mean") -> Tensor:
     r"""Difference of which samples of the batch are alike.
 
-    .. math:: \frac{1}{B^2} \big\| \hat G^S - \hat G^T \big\|_F^2, \qquad
+    .. math:: \frac{1}{B^2} \left\| \hat G^S - \hat G^T \right\|_F^2, \qquad
         G = F F^\top, \quad \hat G_{i,:} = G_{i,:} / \|G_{i,:}\|
 
     with a row of F the flattened feature of a sample.
