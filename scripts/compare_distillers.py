@@ -285,7 +285,7 @@ def write_json(path: Path, content: object) -> None:
 
 def execute(runs: Sequence[Run], jobs: int) -> list[Run]:
     """Train each in a process of its own, so many at a time; return those that failed."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the runs hear of it
+    handler = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the runs hear of it
     threads = int(os.environ.get("OMP_NUM_THREADS") or available_cores())
     environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, threads // jobs))}
     waiting, running, failed = list(runs), {}, []
@@ -309,6 +309,7 @@ def execute(runs: Sequence[Run], jobs: int) -> list[Run]:
             process.terminate()  # which has them write a checkpoint
         for process in running:
             process.wait()
+        signal.signal(signal.SIGTERM, handler)
     return failed
 
 

@@ -216,13 +216,13 @@ def test_a_study_that_cannot_work_is_refused_before_the_first_run(compare, tmp_p
 
 
 def test_a_dry_run_prints_commands_and_leaves_nothing(compare, tmp_path, capsys):
-    methods = {"alone": {}, "smooth": {"distiller": "labelsmoothing", "distiller_kwargs": {"smoothing": 0.2}}}
+    methods = {"alone": {}, "smooth": {"distiller": "labelsmoothing", "distiller_kwargs": {"epsilon": 0.2}}}
     path, output = study(tmp_path, methods=methods)
     assert compare.main([str(path), "--dry_run", "--seeds", "5", "6", "--only", "smooth"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if line.startswith("#")] == ["# smooth-5: new", "# smooth-6: new"]
     assert lines[1].startswith("python examples/run_image_kd.py --disable_tqdm True --dataset digits")
-    assert """--distiller_kwargs '{"smoothing": 0.2}' --seed 5 --output_dir""" in lines[1]
+    assert """--distiller_kwargs '{"epsilon": 0.2}' --seed 5 --output_dir""" in lines[1]
     assert not output.exists()
 
 
@@ -437,3 +437,12 @@ def test_a_page_of_one_run_is_drawn_too(compare, tmp_path, number):
     content = (output / "leaderboard.html").read_text()
     assert content.count("<figure>") == 2  # no baseline, no validation
     assert not re.search(r"\bnan\b", content, re.I)
+
+
+def test_the_study_of_the_docs_is_one(compare, tmp_path, capsys):
+    (text,) = re.findall(r"```yaml\n(.+?)```", (ROOT / "docs" / "comparing.md").read_text(encoding="utf-8"), re.S)
+    path = tmp_path / "study.yaml"
+    path.write_text(text)
+    assert compare.main([str(path), "--dry_run"]) == 0
+    found = re.findall(r"^# (\S+): new$", capsys.readouterr().out, re.M)
+    assert found == ["big", "alone-0", "KD-0", "WTTM-0", "alone-1", "KD-1", "WTTM-1"]
