@@ -162,11 +162,11 @@ def plan(study: dict, output: Path) -> tuple[list[Run], list[Run]]:
         for seed in study["seeds"]
         for method in study["methods"]
     ]
-    folders: dict[Path, Run] = {}
-    for run in runs:
-        other = folders.setdefault(run.folder, run)
+    names: dict[str, Run] = {}
+    for run in [*teachers.values(), *runs]:
+        other = names.setdefault(run.name.lower(), run)
         if other is not run:
-            raise ValueError(f"{other.method!r} and {run.method!r} would share {run.folder}: rename one")
+            raise ValueError(f"{other.method!r} and {run.method!r} would share the name {run.name}: rename one")
     check_views(study, runs)
     return list(teachers.values()), runs
 
@@ -187,8 +187,7 @@ def make_run(study: dict, output: Path, kind: str, method: str, seed: int, teach
         flags["teacher"] = str(teacher.folder)
         settings["the teacher's"] = teacher.settings["flags"]
     flags = {"disable_tqdm": True, **{name: value for name, value in flags.items() if value is not None}, "seed": seed}
-    name = re.sub(r"[^\w.+=-]+", "_", method)
-    name = name if kind == "teachers" else f"{name}-{seed}"
+    name = re.sub(r"[^\w.+=-]+", "_", f"{method}-{seed}")
     return Run(name, method, seed, output / kind / name, {**settings, "flags": flags})
 
 

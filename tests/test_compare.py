@@ -177,7 +177,7 @@ def test_a_teacher_of_the_study_is_trained_first_and_known_by_its_flags(compare,
     tables = {"teachers": {"big": {"student": "resnet20"}}, "methods": {"KD": {"distiller": "kd", "teacher": "big"}}}
     path, output = study(tmp_path, **tables)
     ((big,), (kd,)) = compare.plan(compare.read_study(path), output)
-    assert kd.settings["flags"]["teacher"] == str(big.folder) == str(output / "teachers" / "big")
+    assert kd.settings["flags"]["teacher"] == str(big.folder) == str(output / "teachers" / "big-0")
     assert "teacher" not in big.settings["flags"]
     finish(compare, kd, 0.5)
     tables["teachers"] = {"big": {"student": "resnet32"}}
@@ -197,7 +197,8 @@ def test_a_teacher_of_the_study_is_trained_first_and_known_by_its_flags(compare,
         ({"seeds": [0, 0]}, r"seeds is \[0, 0\]: write a list of different whole numbers"),
         ({"seeds": 3}, "seeds is 3"),
         ({"methods": {"KD": {"teacher": "T", "train_teacher": True}}}, "name it under teachers: instead"),
-        ({"methods": {"a b": {}, "a:b": {}}}, "'a b' and 'a:b' would share"),
+        ({"methods": {"a b": {}, "a:b": {}}}, "'a b' and 'a:b' would share the name a_b-0"),
+        ({"methods": {"big": {}}, "teachers": {"big": {}}}, "would share the name big-0"),
         ({"flags": {"dataset": "digits"}, "methods": {"KD": {"teacher": "T"}, "alone": {}}}, "set views under flags"),
         ({"baseline": "KD"}, "there is no method 'KD': the study has alone"),
         ({"methods": {"KD": {"teacher": "T", "distiller": "kdd"}}}, "KD-0: unknown distiller 'kdd'"),
@@ -445,4 +446,4 @@ def test_the_study_of_the_docs_is_one(compare, tmp_path, capsys):
     path.write_text(text)
     assert compare.main([str(path), "--dry_run"]) == 0
     found = re.findall(r"^# (\S+): new$", capsys.readouterr().out, re.M)
-    assert found == ["big", "alone-0", "KD-0", "WTTM-0", "alone-1", "KD-1", "WTTM-1"]
+    assert found == ["big-0", "alone-0", "KD-0", "WTTM-0", "alone-1", "KD-1", "WTTM-1"]
