@@ -94,7 +94,7 @@ def x_axis(domain: tuple[float, float], place, top: float, bottom: float, label:
 
 
 def dots(rows: Sequence[tuple[str, Sequence[float], float, tuple[float, float] | None]], numbers, label, zero=False):
-    """A line a method: its seeds as marks, its mean as a stroke, its interval as a bar, cut where the plot ends."""
+    """A line a method: a mark a seed, a stroke at their mean, the interval as a bar, or an arrow where it goes on."""
     # Of two seeds the interval is thirteen times as wide as their standard error: the seeds set the range.
     seen = [value for _, values, _, _ in rows for value in values] + ([0.0] if zero else [])
     near = [end for _, values, _, ends in rows if ends and len(values) > 2 for end in ends]
@@ -106,14 +106,16 @@ def dots(rows: Sequence[tuple[str, Sequence[float], float, tuple[float, float] |
         parts.append(line(place(0), top, place(0), bottom, "zero", 1.5))
     for i, (name, values, mean, ends) in enumerate(rows):
         y, colour = top + row_height * i + 26, f"s{numbers[name] % 8}"
-        short = name if len(name) < 52 else name[:50] + "…"
+        short = name if len(name) < 44 else name[:42] + "…"
         parts.append(word(12, y - 12, short))
         if ends:
             low, high = (place(end) for end in ends)
             parts.append(line(low, y, high, y, colour, 3))
-            for end, x in zip(ends, (low, high), strict=True):
+            for end, x, way in zip(ends, (low, high), (-1, 1), strict=True):
                 if domain[0] <= end <= domain[1]:
                     parts.append(line(x, y - 5, x, y + 5, colour, 2))
+                else:  # an arrow: it goes on
+                    parts += [line(x + 7 * way, y, x, y + side, colour, 2) for side in (-5, 5)]
         parts += [mark(numbers[name], place(value), y, 0.8, f"{name}: {value:.4g}") for value in values]
         parts.append(line(place(mean), y - 9, place(mean), y + 9, "ink", 2.5))
     return plot(bottom + 40, label, parts)
@@ -205,8 +207,8 @@ def write_page(
     figures = [
         figure(
             "Scores",
-            "A mark a seed, a stroke their mean, a bar its 95 % interval (Student's t; cut off where it is wider "
-            "than the plot).",
+            "A mark a seed, a stroke their mean, a bar its 95 % interval (Student's t), with an arrow where "
+            "it is wider than the plot.",
             dots(
                 [
                     (

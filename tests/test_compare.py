@@ -14,6 +14,7 @@ import pytest
 import scipy.stats
 import yaml
 from helpers import tiny_teacher
+from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
 import hfkd.trainer
 
@@ -311,6 +312,46 @@ def test_from_the_command_line_a_failed_run_is_reported_and_the_others_go_on(tmp
     assert "Not run, or not finished: broken-0." in (output / "leaderboard.md").read_text()
     for name in ("broken-0", "KD-0", "warm-KD-0"):
         assert (output / "logs" / f"{name}.log").is_file()
+
+
+def test_a_study_of_texts_cuts_its_students_out_of_its_teacher(compare, tmp_path, monkeypatch):
+    monkeypatch.setenv("HFKD_CACHE", str(tmp_path / "caches"))
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"the film was good bad".split()]
+    BertTokenizerFast(vocab={word: i for i, word in enumerate(words)}).save_pretrained(tmp_path / "bert")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32}
+    BertForSequenceClassification(BertConfig(vocab_size=len(words), **sizes)).save_pretrained(tmp_path / "bert")
+    lines = [f"the film was {'good' if i % 2 else 'bad'},{i % 2}" for i in range(40)]
+    (tmp_path / "train.csv").write_text("\n".join(["sentence,label", *lines]) + "\n")
+    table = str(tmp_path / "train.csv")
+    flags = {"train_file": table, "test_file": table, "num_train_epochs": 1, "use_cpu": True}
+    tables = {
+        "example": "glue",
+        "flags": flags,
+        "teachers": {"big": {"student": str(tmp_path / "bert")}},
+        "methods": {
+            "alone": {"teacher": "big", "distiller": "studentalone", "student_layers": 2},
+            "KD": {"teacher": "big", "distiller": "kd", "student_layers": 2},
+        },
+    }
+    path, output = study(tmp_path, **tables)
+    teachers, runs = compare.plan(compare.read_study(path), output)
+    for run in [*teachers, *runs]:
+        compare.check(run)
+        compare.train(run.folder, run.settings, run.name)
+    assert [path.name for path in compare.publish(compare.read_study(path), runs, output)] == [
+        "leaderboard.md",
+        "leaderboard.csv",
+        "leaderboard.html",
+    ]
+    assert runs[1].report()["results"]["teacher_cache_misses"] > 0
+
+
+def test_the_metric_and_the_baseline_are_the_tasks_and_kd(compare):
+    glue = {"example": "glue", "flags": {"task": "mrpc"}, "methods": {"WTTM": {}, "a": {"distiller": "KD"}}}
+    assert (compare.default_metric(glue), compare.default_baseline(glue)) == ("test_f1", "a")
+    image = {"example": "image", "flags": {}, "methods": {"a": {"distiller": "kd"}, "Kd": {}}}
+    assert (compare.default_metric(image), compare.default_baseline(image)) == ("test_accuracy", "Kd")
+    assert compare.default_baseline({"methods": {"alone": {}}}) is None
 
 
 # The page
