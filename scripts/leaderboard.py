@@ -32,11 +32,16 @@ def text(value: object) -> str:
     return html.escape(str(value), quote=True)
 
 
+def shape(number: int) -> str:
+    """What the marks of a method point to, once in a page."""
+    return f'<path id="m{number}" class="c{number % 8}" d="{SHAPES[number % 7]}"/>'
+
+
 def mark(number: int, x: float = 0, y: float = 0, size: float = 1.0, title: str = "") -> str:
-    """The shape of a method in its colour; with its name, where it is pointed at."""
+    """The shape of a method in its colour; with a word, where it is pointed at."""
     named = f"<title>{text(title)}</title>" if title else ""
-    place = f"translate({x:.1f} {y:.1f}) scale({size})"
-    return f'<path class="c{number % 8}" d="{SHAPES[number % 7]}" transform="{place}">{named}</path>'
+    place = f"translate({x:.1f} {y:.1f})" + (f" scale({size})" if size != 1 else "")
+    return f'<use href="#m{number}" transform="{place}">{named}</use>'
 
 
 def swatch(number: int) -> str:
@@ -50,7 +55,7 @@ def legend(names: Sequence[str], numbers: Mapping[str, int]) -> str:
 
 def ticks(low: float, high: float) -> list[float]:
     """Three to six round numbers between two."""
-    rough = (high - low) / 4
+    rough = (high - low) / 5
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough)
     first = math.ceil(low / step - 1e-9)
@@ -156,7 +161,7 @@ def curves(rows: Sequence[tuple[str, Sequence[tuple[float, float]]]], numbers, l
         parts.append(f'<path class="s{number % 8}" d="M{path}" {style}><title>{text(name)}</title></path>')
         # Marks on every point of a long curve would hide it.
         every = max(1, len(curve) // 6)
-        parts += [mark(number, across(x), up(y), 0.8, name) for x, y in [*curve[:-1:every], curve[-1]]]
+        parts += [mark(number, across(x), up(y), 0.8) for x, y in [*curve[:-1:every], curve[-1]]]
     return plot(300, f"{label} over the epochs", parts)
 
 
@@ -309,6 +314,7 @@ def write_page(
     ]
     parts = {
         "title": text(title),
+        "shapes": "".join(shape(number) for number in numbers.values()),
         "colours": "\n".join([*colours, "svg .ink { stroke: var(--ink) }"]),
         "head": head,
         "rows": "\n".join(body),

@@ -45,7 +45,7 @@ def space(trial):
     return {
         "learning_rate": trial.suggest_float("learning_rate", 0.01, 0.2),
         "seed": trial.suggest_int("seed", 1, 40),
-        "per_device_train_batch_size": trial.suggest_categorical("per_device_train_batch_size", [4, 8]),
+        "per_device_train_batch_size": trial.suggest_categorical("per_device_train_batch_size", [2, 4]),
     }
 
 
