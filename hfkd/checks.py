@@ -28,13 +28,25 @@ from hfkd.labels import align_labels, head_looks_new, named_labels
 from hfkd.teacher import TeacherEnsemble
 
 
-def check_run(model: nn.Module, args: TrainingArguments, eval_dataset: Dataset | Mapping | None) -> None:
-    """Refuse a student or arguments of another type, and what transformers would stumble over later."""
+def check_student(model: nn.Module) -> None:
+    """Refuse a student of another type."""
     if not isinstance(model, nn.Module) or not hasattr(model, "config"):
         raise TypeError(
             f"the student must be a PreTrainedModel, got {type(model).__name__}: pass model=load_model(name, "
             "label_names=...)"
         )
+
+
+def check_method(distiller: Distiller, teacher: nn.Module | str | os.PathLike | None) -> None:
+    """Refuse what is no method, and a teacher that the method would not ask."""
+    if not isinstance(distiller, Distiller):
+        raise TypeError(f"distiller must be a Distiller, got {type(distiller).__name__}: pass KD(), not its name")
+    if teacher is not None and not distiller.needs_teacher:
+        raise ValueError(f"{type(distiller).__name__} uses no teacher: leave out teacher_model, or choose KD()")
+
+
+def check_arguments(args: TrainingArguments, eval_dataset: Dataset | Mapping | None) -> None:
+    """Refuse arguments of another type, and what transformers would stumble over later."""
     if not isinstance(args, TrainingArguments):
         raise TypeError(
             f"args must be DistillationTrainingArguments, got {type(args).__name__}: pass "

@@ -9,7 +9,7 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -78,7 +78,7 @@ def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str] | None 
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if words and words[0].endswith((".yaml", ".yml", ".json")):
-        words = [*_words_of_file(Path(words[0])), *words[1:]]
+        words = [*words_of(read_table(Path(words[0]))), *words[1:]]
     parser = _Parser(dataclass_types, allow_abbrev=False)
     try:
         *parsed, unknown = parser.parse_args_into_dataclasses(args=words, return_remaining_strings=True)
@@ -163,7 +163,13 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(?:true|True|false|False)$"), list("tTfF"))
 
 
-def _words_of_file(path: Path) -> list[str]:
+def read_table(path: Path) -> dict:
+    """The table that a YAML or JSON file holds.
+
+    Raises:
+        ValueError: If it holds none.
+        FileNotFoundError: If there is no such file.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"no file {path.resolve()}: correct the first argument, which names a file of flags")
     try:
@@ -180,6 +186,11 @@ def _words_of_file(path: Path) -> list[str]:
         raise ValueError(f"{path} is neither YAML nor JSON: {error}") from error
     if not isinstance(table, dict) or not all(isinstance(name, str) for name in table):
         raise ValueError(f"{path} must hold a table such as `student: resnet20`, one flag a line")
+    return table
+
+
+def words_of(table: Mapping[str, object]) -> list[str]:
+    """The words of a command line that give each flag its value; one of None is left out."""
     words = []
     for name, value in table.items():
         if value is None:

@@ -101,8 +101,8 @@ class DistillationContext:
 
     @property
     def output_dir(self) -> str:
-        """The run's folder."""
-        return self._trainer.args.output_dir
+        """The folder of the run; in a search of hyper-parameters of the trial."""
+        return self._trainer._get_output_dir(self._trainer._trial)
 
     @property
     def epochs(self) -> int:

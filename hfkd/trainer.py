@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -24,9 +25,9 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.utils.data import Dataset, IterableDataset, Subset
 from tqdm.auto import tqdm
-from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainerCallback
+from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainerCallback, set_seed
 from transformers.trainer import FSDP_MODEL_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, BestRun
 
 from hfkd.cache import TeacherCache, describe, keep_on_host
 from hfkd.checkpoints import (
@@ -40,6 +41,7 @@ from hfkd.checkpoints import (
 )
 from hfkd.checks import (
     check_adapter,
+    check_arguments,
     check_cache,
     check_columns,
     check_dataset,
@@ -47,10 +49,11 @@ from hfkd.checks import (
     check_head,
     check_inputs,
     check_labels,
+    check_method,
     check_processes,
     check_resume,
-    check_run,
     check_sharding,
+    check_student,
     check_teacher,
     check_tokenizers,
     check_tokens,
@@ -242,7 +245,7 @@ class DistillationTrainer(Trainer):
     ``trainer.model`` is always the plain student: it is saved, pushed and evaluated as any other model.
 
     Args:
-        model: The student.
+        model: The student; None with ``model_init``.
         teacher_model: A frozen classifier over the same classes, or several: a list is a
             :class:`~hfkd.TeacherEnsemble` with its defaults. A name or path is given to
             :func:`~hfkd.models.load_teacher`; weights that lie here are not loaded while ``teacher_cache`` has all
@@ -261,7 +264,11 @@ class DistillationTrainer(Trainer):
         compute_metrics: As in ``transformers.Trainer``; also reports the teacher's score before the first step.
         callbacks: As in ``transformers.Trainer``.
         optimizers: As in ``transformers.Trainer``; a distiller's parameters are added as a group of their own.
-        **kwargs: Further arguments of ``transformers.Trainer``, except ``compute_loss_func`` and ``model_init``.
+        model_init: A function that makes the student, anew at each ``train()`` and for each trial of
+            :meth:`hyperparameter_search`: of no argument, or of the trial, which is None where nothing is searched.
+        distiller_init: With ``model_init``, a function of the trial (or None) that makes the method for each of these
+            students; by default a copy of ``distiller``.
+        **kwargs: Further arguments of ``transformers.Trainer``, except ``compute_loss_func``.
 
     Raises:
         ValueError: If teacher, student, data and distiller do not fit; the message names the remedy.
@@ -271,7 +278,7 @@ class DistillationTrainer(Trainer):
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | None = None,
         teacher_model: nn.Module | Sequence[nn.Module] | str | os.PathLike | None = None,
         distiller: Distiller | None = None,
         args: DistillationTrainingArguments | None = None,
@@ -284,22 +291,41 @@ class DistillationTrainer(Trainer):
         compute_metrics: Callable[[EvalPrediction], dict] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
+        model_init: Callable[..., PreTrainedModel] | None = None,
+        distiller_init: Callable[[Any], Distiller] | None = None,
         **kwargs,
     ):
-        for name, remedy in (
-            ("compute_loss_func", "write a Distiller: its forward returns the terms of the loss"),
-            ("model_init", "pass the student as model="),
-        ):
-            if kwargs.pop(name, None) is not None:
-                raise ValueError(f"DistillationTrainer takes no {name}: {remedy}")
+        if kwargs.pop("compute_loss_func", None) is not None:
+            raise ValueError(
+                "DistillationTrainer takes no compute_loss_func: write a Distiller: its forward returns the terms of "
+                "the loss"
+            )
+        if model_init is not None and (model is not None or tuple(optimizers) != (None, None)):
+            raise ValueError(
+                "model_init makes a student whenever training starts: leave out model= and optimizers=, which are "
+                "about one (optim=, learning_rate= and others of the arguments choose the optimizer)"
+            )
+        if distiller_init is not None and (model_init is None or distiller is not None):
+            raise ValueError(
+                "distiller_init makes the method for each student of model_init: pass it with model_init= and without "
+                "distiller=, or distiller= alone"
+            )
         if isinstance(teacher_model, (list, tuple)):
             teacher_model = TeacherEnsemble(teacher_model)
-        if distiller is None:
-            distiller = StudentAlone() if teacher_model is None else KD()
-        if not isinstance(distiller, Distiller):
-            raise TypeError(f"distiller must be a Distiller, got {type(distiller).__name__}: pass KD(), not its name")
         args = args if args is not None else DistillationTrainingArguments("tmp_trainer")
-        check_run(model, args, eval_dataset)
+        check_arguments(args, eval_dataset)
+        if model_init is not None:
+            set_seed(args.seed)
+            self.model_init = model_init
+            model = self.call_model_init()
+        check_student(model)
+        if distiller_init is not None:
+            distiller = distiller_init(None)
+        elif distiller is None:
+            distiller = StudentAlone() if teacher_model is None else KD()
+        check_method(distiller, teacher_model)
+        if model_init is not None and distiller_init is None:
+            distiller_init = partial(lambda own, trial: copy.deepcopy(own), copy.deepcopy(distiller))
         if isinstance(teacher_model, (str, os.PathLike)):
             may_wait = bool(getattr(args, "teacher_cache", None)) and not distiller.trains_teacher
             teacher_model = load_teacher(teacher_model, task=self._task_of(model), may_wait=may_wait)
@@ -309,8 +335,6 @@ class DistillationTrainer(Trainer):
                 "whose replicas lose buffer writes: start with `accelerate launch` or torchrun, or set "
                 "CUDA_VISIBLE_DEVICES=0"
             )
-        if teacher_model is not None and not distiller.needs_teacher:
-            raise ValueError(f"{type(distiller).__name__} uses no teacher: leave out teacher_model, or choose KD()")
 
         check_writable(args.output_dir, "name another output_dir, or make room there")
         super().__init__(
@@ -325,40 +349,51 @@ class DistillationTrainer(Trainer):
             optimizers=optimizers,
             **kwargs,
         )
+        self.model_init, self._distiller_init = model_init, distiller_init
+        self._trial = self._arguments_of_search = None
         # transformers before 5.20 has no `loss_is_scaled_for_ga` and asks this instead.
         self.model_accepts_loss_kwargs = False
         check_processes(self.args, self.accelerator)
         if self.is_fsdp_enabled:
             if self.args.torch_compile:
                 raise ValueError("torch_compile=True is not supported under FSDP: drop one of the two")
+            if model_init is not None:
+                raise ValueError("model_init is not supported under FSDP: pass the student as model=")
             check_sharding(self.accelerator.state.fsdp_plugin, self.model)
             self.model.to(self.args.device)  # which transformers leaves to the sharding, and setup runs the student
         if self.args.torch_compile:  # which _wrap_model does: Accelerate would compile around DDP
             self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
 
         self.held_out_dataset = held_out_dataset
-        self.distiller = distiller
         self.context = DistillationContext(self)
-        self.problem_type = problem_type_of(model)
-        check_adapter(self.model)
-        self._set_up_labels()
+        self._given_teacher, self._teacher_processing_class = teacher_model, teacher_processing_class
         if self.args.device.type != "cpu":
             self._move_images(self.args.device)
-        self._set_up_teacher(teacher_model)
-        self._check_inputs(teacher_processing_class)
+        self._set_up(distiller)
+        self._termination = Termination()
+        self._evaluated = torch.zeros(2, device=self.args.device)  # sum of losses, number of labelled samples
+        self.add_callback(_Hooks(self))
+        self.callback_handler.callbacks.insert(0, _LastHook(self))
+
+    # Setting up
+
+    def _set_up(self, distiller: Distiller) -> None:
+        """Bring student, method, teacher and data together: at first, and for each student of ``model_init``."""
+        self.distiller = distiller
+        self.problem_type = problem_type_of(self.model)
+        self._signature_columns = None
+        check_adapter(self.model)
+        self._set_up_labels()
+        self._set_up_teacher(self._given_teacher)
+        self._check_inputs(self._teacher_processing_class)
         self._set_up_distiller()
         if getattr(self.args, "teacher_cache", None) and self.teacher_model is not None:
             self._set_up_cache()
         self._term_sums: dict[str, Tensor] = {}
         self._term_count = 0
         self._cache_counts_before = self._cache_counts()
-        self._finite_losses, self._termination, self._saved_step = FiniteLosses(self.args.device), Termination(), -1
-        self._evaluated = torch.zeros(2, device=self.args.device)  # sum of losses, number of labelled samples
+        self._finite_losses, self._saved_step = FiniteLosses(self.args.device), -1
         self._resumed_from: str | None = None
-        self.add_callback(_Hooks(self))
-        self.callback_handler.callbacks.insert(0, _LastHook(self))
-
-    # Setting up
 
     def _move_images(self, device: torch.device) -> None:
         """Let small image sets live on the device, where the loader works in this process."""
@@ -410,7 +445,7 @@ class DistillationTrainer(Trainer):
                     f"the training set has no column labels ({', '.join(columns)}), so that {method} learns from the "
                     "teacher alone: if one of these holds the classes, rename it to labels",
                     UserWarning,
-                    stacklevel=4,
+                    stacklevel=5,
                 )
         hard_label_loss = HardLabelLoss(self.problem_type, self.args.label_smoothing_factor, self.label_scale)
         for part in self.distiller.modules():
@@ -459,9 +494,13 @@ class DistillationTrainer(Trainer):
                 f"the teacher has {other:,} parameters and the student {own:,}: are they swapped (model= is the "
                 "student)?",
                 UserWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
         if distiller.trains_teacher:
+            if self.model_init is not None and made is None:
+                raise ValueError(
+                    f"{method} trains the teacher, which all students of model_init share: pass the student as model="
+                )
             if label_orders != [None]:
                 raise ValueError("a teacher that is trained must have the student's classes in the same order")
             if not any(parameter.requires_grad for parameter in self.teacher_model.parameters()):
@@ -1067,11 +1106,50 @@ class DistillationTrainer(Trainer):
             resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         self._saved_step = -1
         self._finite_losses.forget()
+        if self._arguments_of_search is not None:
+            # transformers makes the student before it sets the arguments of its trial, and the seed is one of them.
+            vars(self.args).update(self._arguments_of_search)
+            super()._hp_search_setup(trial)
         with self._termination.watched():
             output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
             if self._termination.came_too_late():
                 raise SystemExit(self._termination.exit_status)
         return output
+
+    def hyperparameter_search(self, *args, **kwargs) -> BestRun | list[BestRun]:
+        """As in ``transformers.Trainer``; a trial has a student of ``model_init`` and a method of ``distiller_init``.
+
+        All trials share the teacher and its cache, and start from the arguments as they were before the search, which
+        they are again behind it.
+
+        Raises:
+            ValueError: If there is no ``model_init``, or several processes would prune their trials apart.
+        """
+        if self.model_init is None:
+            raise ValueError(
+                "every trial of a search needs a student of its own: pass model_init=, a function of the trial that "
+                "makes one, in place of model=, and distiller_init= for its method"
+            )
+        if self.accelerator.num_processes > 1 or kwargs.get("n_jobs", 1) != 1:
+            raise ValueError(
+                "a search is one process with one trial at a time: start it without a launcher and leave out n_jobs "
+                "(more processes can share an optuna storage=)"
+            )
+        self._arguments_of_search = vars(self.args).copy()
+        try:
+            return super().hyperparameter_search(*args, **kwargs)
+        finally:
+            vars(self.args).update(self._arguments_of_search)
+            self._train_batch_size = self.args.train_batch_size
+            self._arguments_of_search = self.hp_search_backend = None
+
+    def _hp_search_setup(self, trial):
+        super()._hp_search_setup(trial)
+        if self.model_init is not None:
+            distiller = self._distiller_init(trial)
+            check_method(distiller, self._given_teacher)
+            self._set_up(distiller)
+            set_seed(self.args.seed)  # as it would be behind __init__ with model=
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
         is_due = self._termination.is_due()

@@ -191,7 +191,7 @@ def make_trainer(folder, student, teacher=None, distiller=None, dataset=None, *,
         "use_cpu": True,
         "dataloader_pin_memory": False,
     }
-    if student.config.model_type in TEXT:
+    if student is not None and student.config.model_type in TEXT:
         trainer = {"processing_class": tokenizer(), **(trainer or {})}
     args = DistillationTrainingArguments(os.fspath(folder), **{**defaults, **arguments})
     return DistillationTrainer(

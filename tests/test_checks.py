@@ -337,12 +337,10 @@ def test_adapters_are_refused_under_fsdp():
 # Arguments
 
 
-@pytest.mark.parametrize(
-    ("name", "remedy"), [("compute_loss_func", "write a Distiller"), ("model_init", "pass the student as model=")]
-)
-def test_arguments_that_would_bypass_the_trainer_are_refused(tmp_path, name, remedy):
-    with pytest.raises(ValueError, match=f"takes no {name}: {remedy}"):
-        make_trainer(tmp_path, tiny("bert"), tiny_teacher("bert"), KD(), rows("bert"), trainer={name: lambda *_: None})
+def test_a_loss_that_would_bypass_the_distiller_is_refused(tmp_path):
+    more = {"compute_loss_func": lambda *_: None}
+    with pytest.raises(ValueError, match="takes no compute_loss_func: write a Distiller"):
+        make_trainer(tmp_path, tiny("bert"), tiny_teacher("bert"), KD(), rows("bert"), trainer=more)
 
 
 def test_a_distiller_by_name_is_refused(tmp_path):

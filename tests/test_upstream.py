@@ -16,6 +16,8 @@ from hfkd import DistillationTrainer
 # What transformers calls, and with which arguments in which order; None: any, we hand them on as they come.
 OVERRIDDEN = {
     "train": ["resume_from_checkpoint", "trial", "ignore_keys_for_eval"],
+    "hyperparameter_search": None,
+    "_hp_search_setup": ["trial"],
     "_wrap_model": ["model", "training", "dataloader"],
     "_prepare_for_training": ["max_steps", "train_dataloader", "resume_from_checkpoint"],
     "autocast_smart_context_manager": ["cache_enabled"],
