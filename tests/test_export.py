@@ -13,11 +13,15 @@ import torch
 from helpers import NUM_LABELS, VOCABULARY, named, rows, tiny_teacher, tokenizer
 from transformers import AutoImageProcessor, AutoTokenizer, ViTImageProcessor
 
-from hfkd.models import CifarForImageClassification
+from hfkd.models import CifarForImageClassification, load_model
 
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ["ant", "bee", "cat", "dog", "elk"]
+INPUTS = {
+    "bert": ["input_ids", "attention_mask", "token_type_ids"],
+    "distilbert": ["input_ids", "attention_mask"],
+}
 QUICK = {"rounds": 1, "max_length": 16}
 
 
@@ -30,14 +34,14 @@ def script(monkeypatch):
 
 def saved(family, folder, **config):
     """A trained-looking model with class names, beside its processor or tokenizer."""
-    model = named(tiny_teacher(family, **config), NAMES)
+    if family == "timm":  # initialised as timm does: the wrapper's own weights give every image the same answer
+        model = load_model("test_efficientnet", label_names=NAMES, pretrained=False)
+    else:
+        model = named(tiny_teacher(family, **config), NAMES)
     if family in ("bert", "distilbert"):
-        tokenizer().save_pretrained(folder)
+        tokenizer(model_input_names=INPUTS[family]).save_pretrained(folder)
     elif family == "vit":
         ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
-    elif family == "timm":
-        size = {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bicubic"}
-        model.config.pretrained_cfg = {**size, "num_classes": NUM_LABELS}
     model.save_pretrained(folder)
     return model.eval()
 
@@ -51,7 +55,7 @@ def answers(folder, inputs, file="model.onnx"):
 
 def names_in(folder):
     config = json.loads((folder / "config.json").read_text())
-    return [config["id2label"][str(i)] for i in range(NUM_LABELS)]
+    return config.get("label_names") or [config["id2label"][str(i)] for i in range(NUM_LABELS)]  # the former: timm
 
 
 @pytest.mark.parametrize("family", ["cifar", "vit", "timm"])
@@ -62,7 +66,7 @@ def test_an_image_student_answers_alike_in_batches_of_any_size(script, tmp_path,
     processor = AutoImageProcessor.from_pretrained(tmp_path / "onnx")
     pixels = processor(picture, return_tensors="pt")["pixel_values"]
     for batch in (1, 5, 64):
-        inputs = {"pixel_values": pixels.expand(batch, -1, -1, -1) + torch.randn(batch, 1, 1, 1)}
+        inputs = {"pixel_values": pixels + torch.randn(batch, *pixels.shape[1:])}
         with torch.no_grad():
             expected = student(**inputs).logits.numpy()
         np.testing.assert_allclose(answers(tmp_path / "onnx", inputs), expected, rtol=0, atol=1e-4)
@@ -77,7 +81,7 @@ def test_an_image_student_answers_alike_in_batches_of_any_size(script, tmp_path,
 def test_a_text_student_answers_alike_at_any_length_under_padding(script, tmp_path, family):
     student = saved(family, tmp_path / "student")
     script.run(script.ExportArguments(str(tmp_path / "student"), str(tmp_path / "onnx"), **QUICK))
-    accepted = ["input_ids", "attention_mask", *(["token_type_ids"] if family == "bert" else [])]
+    accepted = INPUTS[family]
     for batch, length in ((1, 3), (1, 30), (5, 12), (40, 7)):
         columns = rows("bert", batch, length=length, seed=length).columns
         inputs = {name: columns[name] for name in accepted}
@@ -106,24 +110,28 @@ def test_quantised_text_is_smaller_and_its_agreement_and_scores_are_counted(scri
             str(tmp_path / "student"), str(tmp_path / "onnx"), int8=True, data="own", data_dir=str(data), **QUICK
         )
     )
-    texts = tokenizer()([line["sentence"] for line in lines], padding=True, return_tensors="pt")
-    inputs = {name: texts[name] for name in ("input_ids", "attention_mask", "token_type_ids")}
+    texts = tokenizer(model_input_names=INPUTS["bert"])(
+        [line["sentence"] for line in lines], padding=True, return_tensors="pt"
+    )
+    inputs = dict(texts)
     with torch.no_grad():
         exact = student(**inputs).logits.numpy()
-    quantised = answers(tmp_path / "onnx", inputs, "model_int8.onnx")
+    # Activations are quantised by the range that a batch has, so answers depend on which texts come together.
+    batches = [{name: column[i : i + 32] for name, column in inputs.items()} for i in (0, 32, 64)]
+    quantised = np.concatenate([answers(tmp_path / "onnx", batch, "model_int8.onnx") for batch in batches])
     labels = np.array([NAMES.index(line["label"]) for line in lines])
     assert 0 < np.abs(quantised - exact).max() < 0.5 * np.ptp(exact)
     row = report["ONNX int8"]
     assert row["same answer, %"] == pytest.approx(100 * (quantised.argmax(1) == exact.argmax(1)).mean())
     assert row["accuracy"] == pytest.approx((quantised.argmax(1) == labels).mean())
     assert report["PyTorch float32"]["accuracy"] == pytest.approx((exact.argmax(1) == labels).mean())
-    assert row["largest difference"] == pytest.approx(np.abs(quantised - exact).max(), rel=0.05)
+    assert row["largest difference"] == pytest.approx(np.abs(quantised - exact).max(), rel=1e-3)
     assert row["MB"] < 0.5 * report["ONNX float32"]["MB"]
 
     printed = capsys.readouterr().out
     head = next(line for line in printed.splitlines() if "batch 32" in line)
     assert head == "||MB|ms at batch 1|ms at batch 32|largest difference|same answer, %|accuracy|"
-    assert f"{torch.get_num_threads()} threads" in printed
+    assert f"threads: {torch.get_num_threads()} (OMP_NUM_THREADS)" in printed
     assert "80 samples of own" in printed
 
 

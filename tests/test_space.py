@@ -16,7 +16,7 @@ import PIL.Image
 import pytest
 import torch
 from helpers import named, tiny, tiny_teacher, tokenizer
-from transformers import ViTImageProcessor
+from transformers import AutoTokenizer, ViTImageProcessor
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -138,6 +138,7 @@ def test_an_image_is_answered_by_both_and_compared(images, page):
     requests = []
     page.on("request", lambda request: requests.append(request.url))
     page.goto(images["address"])
+    page.get_by_role("button", name="Compare").wait_for()
     screenshots(page, "image-before")
     page.locator("input[type=file]").set_input_files(images["picture"])
     page.locator("img[src*=picture]").wait_for()
@@ -151,10 +152,10 @@ def test_an_image_is_answered_by_both_and_compared(images, page):
     counts = [sum(p.numel() for p in images[name][0].parameters()) for name in ("teacher", "student")]
     one, other = facts(page)["Parameters"]
     assert one == f"{counts[0]:,}"
-    assert other == f"{counts[1]:,}, {counts[1] / counts[0]:.1f} times more"
+    assert other == f"{counts[1]:,}\n{counts[1] / counts[0]:.1f} times more"
     latency = facts(page)["Latency"]
     assert all(re.match(r"[\d.]+ ms", text) for text in latency)
-    assert "median of 5 in turn, on the CPU with 1 threads" in page.locator("#comparison .note").last.inner_text()
+    assert "median of 5 in turn, on the CPU (threads: 1)" in page.locator("#comparison .note").last.inner_text()
     screenshots(page, "image")
     elsewhere = [url for url in requests if not url.startswith((images["address"], "data:", "blob:"))]
     assert not elsewhere
@@ -201,13 +202,13 @@ def test_two_sentences_are_answered_as_a_pair(start, page, tmp_path):
     address, log = start(PAIR="1", TEACHER=str(tmp_path / "teacher"), STUDENT=str(tmp_path / "student"))
     page.goto(address)
     button = page.get_by_role("button", name="Compare")
-    page.get_by_label("First sentence").fill("4 8 15 16")
+    page.get_by_label("First sentence").fill("4 8 25 36")
     button.click()
     message = page.locator("#comparison .refused")
     message.filter(has_text="The second sentence is empty: type something first.").wait_for()
-    page.get_by_label("Second sentence").fill("23 42")
+    page.get_by_label("Second sentence").fill("23 42 57")
     button.click()
-    texts = tokenizer()("4 8 15 16", "23 42", return_tensors="pt")
+    texts = AutoTokenizer.from_pretrained(tmp_path / "teacher")("4 8 25 36", "23 42 57", return_tensors="pt")
     inputs = [dict(texts), {name: texts[name] for name in ("input_ids", "attention_mask")}]
     check(page, *(probabilities(model, content) for model, content in zip(models.values(), inputs, strict=True)))
     screenshots(page, "text")

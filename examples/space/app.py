@@ -15,6 +15,7 @@ import statistics
 import time
 import warnings
 from html import escape
+from pathlib import Path
 
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
@@ -39,9 +40,12 @@ LARGEST_UPLOAD = "20mb"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 AUTO_MODELS = {"image": AutoModelForImageClassification, "text": AutoModelForSequenceClassification}
 CSS = """
-#comparison table {width: 100%; border-collapse: collapse; margin: 0 0 1.25rem; font-variant-numeric: tabular-nums}
+#comparison, #comparison > * {padding: 0}
+#comparison table {width: 100%; border: 0; border-collapse: collapse; margin: 0 0 1.25rem;
+  font-variant-numeric: tabular-nums}
 #comparison th, #comparison td {padding: .4rem .5rem; text-align: left; vertical-align: top; overflow-wrap: anywhere;
   border: 0; border-bottom: 1px solid var(--border-color-primary)}
+#comparison th {overflow-wrap: break-word}
 #comparison tbody th {font-weight: 400; width: 30%}
 #comparison td {width: 35%}
 #comparison .verdict {font-size: 1.25rem; font-weight: 600; margin: 0 0 .25rem}
@@ -186,6 +190,8 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 def times_as(large: float, small: float, more: str, less: str) -> str:
     """How many times the student's number goes into the teacher's, in words."""
     ratio = large / small
+    if 0.95 < ratio < 1.05:
+        return "about the same"
     return f"{ratio:.1f} times {less}" if ratio >= 1 else f"{1 / ratio:.1f} times {more}"
 
 
@@ -220,18 +226,18 @@ def report(teacher: Classifier, student: Classifier, order: list[int], content) 
         if len(shown) < len(names):
             rest = 100 * highest.sort(descending=True).values[len(shown)].item()
             classes += f'<p class="note">No other class has more than {rest:.1f} % with either model.</p>'
-    where = "on a GPU" if DEVICE.type == "cuda" else f"on the CPU with {torch.get_num_threads()} threads"
+    where = "on a GPU" if DEVICE.type == "cuda" else f"on the CPU (threads: {torch.get_num_threads()})"
     facts = [
         ["Answer", *(f'<span class="answer">{answer}</span>' for answer in answers)],
         [
             "Latency",
             f"{teacher_ms:.1f} ms",
-            f"{student_ms:.1f} ms, {times_as(teacher_ms, student_ms, 'slower', 'faster')}",
+            f"{student_ms:.1f} ms<br>{times_as(teacher_ms, student_ms, 'slower', 'faster')}",
         ],
         [
             "Parameters",
             f"{teacher.parameters:,}",
-            f"{student.parameters:,}, {times_as(teacher.parameters, student.parameters, 'more', 'fewer')}",
+            f"{student.parameters:,}<br>{times_as(teacher.parameters, student.parameters, 'more', 'fewer')}",
         ],
     ]
     return (
@@ -256,7 +262,7 @@ def build(teacher: Classifier, student: Classifier, pair: bool) -> gr.Blocks:
         gr.Markdown(
             f"# Teacher and student\nThe student learnt from the teacher (knowledge distillation). Give both the same "
             f"{'image' if is_image else 'text'}, and see what the smaller one kept.\n\n"
-            f"Teacher: `{teacher.name}`. Student: `{student.name}`."
+            f"- Teacher: {shown_name(teacher)}\n- Student: {shown_name(student)}"
         )
         with gr.Row():
             with gr.Column():
@@ -273,6 +279,11 @@ def build(teacher: Classifier, student: Classifier, pair: bool) -> gr.Blocks:
                 result = gr.HTML("<p>The answers come here.</p>", elem_id="comparison")
         button.click(answer, inputs, result, api_name="compare")
     return demo
+
+
+def shown_name(model: Classifier) -> str:
+    """A Hub id, or the folder alone: where it lies is nobody's business."""
+    return f"`{Path(model.name).resolve().name if Path(model.name).is_dir() else model.name}`"
 
 
 def variable(name: str) -> str | None:
