@@ -13,6 +13,7 @@ import torch
 from helpers import NUM_LABELS, VOCABULARY, named, rows, tiny_teacher, tokenizer
 from transformers import AutoImageProcessor, AutoTokenizer, ViTImageProcessor
 
+from hfkd.cli import parse_arguments
 from hfkd.models import CifarForImageClassification, load_model
 
 
@@ -151,6 +152,27 @@ def test_a_model_that_answers_otherwise_is_refused_and_nothing_is_left(script, s
     with pytest.raises(ValueError, match=r"off on inputs of 1×3×32×32, and may be 0\.0001: nothing was written"):
         script.run(script.ExportArguments(student, str(tmp_path / "onnx"), **QUICK))
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
+
+
+def test_the_commands_of_the_docs_parse_and_their_snippet_names_the_class(script, tmp_path, monkeypatch, capsys):
+    text = (ROOT / "docs" / "export.md").read_text(encoding="utf-8")
+    commands = [line.split() for block in re.findall(r"```bash\n(.+?)```", text, re.S) for line in block.splitlines()]
+    assert len(commands) >= 2
+    for words in commands:
+        assert words[:2] == ["python", "scripts/export_student.py"]
+        parse_arguments((script.ExportArguments,), words[2:])
+
+    monkeypatch.chdir(tmp_path)
+    student = saved("vit", tmp_path / "student")
+    script.run(script.ExportArguments("student", "outputs/onnx", **QUICK))
+    photo = PIL.Image.fromarray(np.random.default_rng(1).integers(0, 255, (30, 20, 3), np.uint8))
+    photo.save("photo.png")
+    capsys.readouterr()
+    (snippet,) = re.findall(r"```python\n(.+?)```", text, re.S)
+    exec(compile(snippet, "export.md", "exec"), {})
+    with torch.no_grad():
+        logits = student(**AutoImageProcessor.from_pretrained("student")(photo, return_tensors="pt")).logits
+    assert capsys.readouterr().out == NAMES[logits.argmax()] + "\n"
 
 
 def test_not_a_number_is_no_agreement(script):

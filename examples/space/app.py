@@ -45,6 +45,7 @@ CSS = """
   font-variant-numeric: tabular-nums}
 #comparison th, #comparison td {padding: .4rem .5rem; text-align: left; vertical-align: top; overflow-wrap: anywhere;
   border: 0; border-bottom: 1px solid var(--border-color-primary)}
+#comparison tr {border: 0}
 #comparison th {overflow-wrap: break-word}
 #comparison tbody th {font-weight: 400; width: 30%}
 #comparison td {width: 35%}
