@@ -15,7 +15,7 @@ RETRIEVAL = ["faiss-cpu>=1.10"]
 EXPORT = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5"]
 TRACK = ["tensorboard>=2.18", "trackio>=0.10"]
 TUNE = ["optuna>=4"]
-SPACE = ["gradio>=5.30"]
+SPACE = ["gradio>=6"]
 DOCS = ["mkdocs-material>=9.6,<10", "mkdocs>=1.6,<2", "mkdocstrings[python]>=0.29", "latex2mathml>=3.78"]
 TEST = [
     *("pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "playwright>=1.50", MINILM),

@@ -9,6 +9,7 @@ import datasets
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import (
@@ -106,11 +107,12 @@ def freeze_batch_norm(model: nn.Module) -> nn.Module:
     return model
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer(**options) -> PreTrainedTokenizerFast:
     """Words are numbers below the vocabulary size; 0 pads."""
-    words = WordLevel({str(i): i for i in range(VOCABULARY)}, unk_token="1")
+    words = Tokenizer(WordLevel({str(i): i for i in range(VOCABULARY)}, unk_token="1"))
+    words.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(words), pad_token="0", unk_token="1", model_max_length=16
+        tokenizer_object=words, pad_token="0", unk_token="1", model_max_length=16, **options
     )
 
 

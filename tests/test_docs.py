@@ -71,6 +71,7 @@ def test_the_defaults_are_a_row_of_the_papers_pairs():
         ("precision.md", 25),
         ("benchmarks.md", 0),
         ("comparing.md", 20),
+        ("export.md", 5),
     ],
 )
 def test_the_tests_that_it_names_exist(page, at_least):
