@@ -201,13 +201,15 @@ def run(
             if teacher is not None:
                 results.update({f"teacher_{split}_{k}": v for k, v in trainer.evaluate_teacher(dataset).items()})
 
-    trainer.save_model()
     trainer.save_state()
     trainer.log_metrics("all", results)
     trainer.save_metrics("all", results)
-    trainer.create_model_card(dataset=data.task, tasks="image-classification")
+    card = {"dataset": data.task, "tasks": "image-classification"}
     if args.push_to_hub:
-        trainer.push_to_hub()
+        trainer.push_to_hub(**card)  # which saves the student first
+    else:
+        trainer.save_model()
+        trainer.create_model_card(**card)
     return results
 
 

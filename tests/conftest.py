@@ -70,6 +70,7 @@ def two_processes(launch, tmp_path_factory):
     names = {file.stem.rpartition("-")[0] for file in folder.glob("*.pt")}
     return {name: [torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for rank in (0, 1)] for name in names}
 
+
 @pytest.fixture(scope="session")
 def browser():
     """Headless Chromium, the system's: ``apt install chromium``, or its path in HFKD_CHROMIUM."""
