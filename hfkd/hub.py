@@ -72,7 +72,7 @@ def _answer(error: HfHubHTTPError) -> tuple[type[OSError], str]:
     if status == 401:
         return PermissionError, f"the token is not accepted ({status}): log in again ({log_in}), or correct hub_token"
     if status == 403:
-        remedy = "take one that may write there (hf.co/settings/tokens), or a name of your own (hub_model_id)"
+        remedy = "take one with that right (hf.co/settings/tokens), and push to a name of your own (hub_model_id)"
         return PermissionError, f"the token may not do that ({status}): {remedy}"
     if status == 429:
         return ConnectionError, f"too many requests ({status}): wait some minutes, and log in, which raises the limit"

@@ -11,10 +11,10 @@ from pathlib import Path
 
 sys.modules["hfkd"] = None  # importing it raises ImportError, wherever it is installed
 
-import timm
-import torch
-from PIL import Image
-from transformers import (
+import timm  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+from transformers import (  # noqa: E402
     AutoImageProcessor,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
@@ -32,7 +32,10 @@ def answers(name: str, asked: dict, image: Image.Image, sentences: list[str]) ->
     else:
         model = AutoModelForSequenceClassification.from_pretrained(name, **code)
         inputs = AutoTokenizer.from_pretrained(name, **code)(*sentences, return_tensors="pt")
-        classify, content = pipeline(asked["task"], model=name, **code), dict(zip(("text", "text_pair"), sentences))
+        classify, content = (
+            pipeline(asked["task"], model=name, **code),
+            {"text": sentences[0], "text_pair": sentences[1]},
+        )
     with torch.no_grad():
         found = {"logits": model.eval()(**inputs).logits[0].tolist()}
         if asked["timm"]:

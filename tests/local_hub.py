@@ -54,6 +54,7 @@ class Fault:
     headers: dict[str, str] = field(default_factory=dict)
     cut_after: int | None = None  # so many bytes of the body are sent, and the connection ends
     delay: float = 0.0
+    until: threading.Event | None = None
     met: int = 0
 
 
@@ -225,6 +226,8 @@ class _Handler(BaseHTTPRequestHandler):
                 return
             fault.met += 1
         time.sleep(fault.delay)
+        if fault.until is not None:
+            fault.until.wait(120)
         self.cut_after = fault.cut_after
         if fault.status is not None:
             headers = {name.replace("-", "_"): value for name, value in fault.headers.items()}

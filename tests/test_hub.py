@@ -11,7 +11,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from helpers import tiny, tiny_teacher
+from helpers import tiny
 from local_hub import LocalHub, add_datasets
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast, ViTImageProcessor
 
@@ -31,7 +31,7 @@ TEXT = f"run_glue_kd.py --task mrpc --max_length 32 {FLAGS} {SAVE} --disable_tqd
 PUSHES = {
     "teacher": f"{IMAGE} --student resnet8 --max_steps 2 --push_to_hub",
     "vit": f"{IMAGE} --teacher me/teacher --teacher_cache True --student other/tiny-vit --max_steps 2 --optim sgd "
-    "--push_to_hub --hub_private_repo --hub_always_push",
+    "--push_to_hub --hub_private_repo True --hub_always_push",
     "timm": f"{IMAGE} --teacher me/teacher --student test_efficientnet --student_pretrained False --max_steps 2 "
     "--push_to_hub --hub_strategy end",
     "cifar": f"{IMAGE} --teacher hf-hub:me/timm --student resnet8 --distiller crd --max_steps 4 --save_total_limit 1 "
@@ -65,6 +65,9 @@ def hub(tmp_path_factory):
         sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
         torch.manual_seed(0)
         bert = BertForSequenceClassification(BertConfig(vocab_size=len(words), num_labels=2, **sizes))
+        with torch.no_grad():  # as if trained
+            bert.classifier.weight.mul_(50)
+            bert.classifier.bias.normal_()
         bert.save_pretrained(folder / "bert")
         words.save_pretrained(folder / "bert")
         for name, repo in (("vit", "other/tiny-vit"), ("bert", "other/bert")):
@@ -203,3 +206,112 @@ def test_a_run_resumes_from_the_checkpoint_that_was_pushed(hub, pushed, tmp_path
     one, other = (load_model(folder).state_dict() for folder in (pushed[0] / "cifar", tmp_path / "again"))
     for name, tensor in one.items():
         torch.testing.assert_close(other[name], tensor, rtol=0, atol=0)
+
+
+# Faults
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory):
+    """What hub_faults.py found, by scenario."""
+    folder = tmp_path_factory.mktemp("faults")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    done = subprocess.run(
+        [sys.executable, str(TESTS / "hub_faults.py"), str(folder), str(DATA)],
+        env={**kept, "PYTHONPATH": os.pathsep.join([str(ROOT), str(TESTS)]), "OMP_NUM_THREADS": "1"},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+UNKNOWN = "ValueError: cannot load '{}': .* and as a Hub id it could not be read: "
+NO_REPO = r"there is no such repository, or it is private \({}\): correct the name, or log in .*`hf auth login`"
+NO_DATA = (
+    "FileNotFoundError: the Hub has no data set {} that can be read .*: correct its name, log in where it is private"
+)
+NO_TOKEN = r"the token is not accepted \(401\): log in again \(`hf auth login`, or HF_TOKEN\), or correct hub_token"
+NO_RIGHT = r"the token may not do that \(403\): take one with that right \(hf.co/settings/tokens\)"
+TOO_MANY = r"too many requests \(429\): wait some minutes, and log in"
+TROUBLE = r"the Hub is in trouble \(503\): try again later"
+BROKEN = "http://127.0.0.1:[0-9]+ cannot be reached, or breaks off: check the network, the proxy and HF_ENDPOINT"
+DATA_SET = "cannot load other/public-data from the Hub .you may pass its folder as data_dir.: "
+MESSAGES = {
+    "model: wrong id": UNKNOWN.format("me/nothing") + NO_REPO.format(404),
+    "model: wrong id, not logged in": UNKNOWN.format("me/nothing") + NO_REPO.format(401),
+    "model: private": UNKNOWN.format("other/private") + NO_REPO.format(404),
+    "model: gated": UNKNOWN.format("other/gated") + r"it is gated \(403\): ask for access on its page, and log in",
+    "model: wrong token": UNKNOWN.format("other/public") + NO_TOKEN,
+    "model: 403": UNKNOWN.format("other/public") + NO_RIGHT,
+    "model: 429": UNKNOWN.format("other/public") + TOO_MANY,
+    "model: 503": UNKNOWN.format("other/public") + TROUBLE,
+    "model: breaks off": UNKNOWN.format("other/public") + BROKEN,
+    "model: no such revision": UNKNOWN.format("other/public") + r"it has no such branch, tag or commit \(404\)",
+    "model: no model": "ValueError: cannot load 'other/empty' for image-classification .*: name a model of that kind",
+    "hub gone": UNKNOWN.format("other/public") + BROKEN,
+    "tokenizer: 429": rf"ValueError: no tokenizer in 'other/public' \({TOO_MANY}",
+    "data: wrong id": NO_DATA.format("me/nothing"),
+    "data: wrong id, not logged in": NO_DATA.format("me/nothing"),
+    "data: private": NO_DATA.format("other/private-data"),
+    "data: gated": "FileNotFoundError: .*other/gated-data' is a gated dataset on the Hub. Visit .* to ask for access",
+    "data: wrong token": f"PermissionError: {DATA_SET}{NO_TOKEN}",
+    "data: 403": f"PermissionError: {DATA_SET}{NO_RIGHT}",
+    "data: 429": f"ConnectionError: {DATA_SET}{TOO_MANY}",
+    "data: 503": f"ConnectionError: {DATA_SET}{TROUBLE}",
+    "data: breaks off": f"ConnectionError: {DATA_SET}{BROKEN}",
+    "push: wrong token": f"PermissionError: cannot push to me/a: {NO_TOKEN}",
+    "push: reader's token": f"PermissionError: cannot push to me/a: {NO_RIGHT}",
+    "push: name of others": f"PermissionError: cannot push to other/a: {NO_RIGHT}",
+    "push: 503 at the start": f"ConnectionError: cannot push to me/a: {TROUBLE}",
+}
+
+
+@pytest.mark.parametrize("scenario", MESSAGES)
+def test_every_refusal_names_its_remedy(said, scenario):
+    assert re.match(MESSAGES[scenario], said[scenario], re.S)
+
+
+def test_slow_and_interrupted_downloads_are_tried_again(said):
+    assert said["model: too slow"] == "ViTForImageClassification"
+    assert said["model: breaks off once"] == "the weights are those that are there"
+    assert said["data: too slow"] == said["data: breaks off once"] == "86"  # of 96 rows 10 are for validation
+
+
+def test_a_push_that_fails_is_tried_again_or_reported_and_the_student_is_safe(said):
+    safe = r"ConnectionError: the student is not pushed to me/push, and lies whole in .*run\d+: "
+    for step in ("upload", "commit"):
+        assert re.match(safe + TROUBLE, said[f"push: 503 at {step}"])
+        assert said[f"saved at {step}"] is True
+    # huggingface_hub tries an upload again; not a commit, which may have arrived.
+    assert said["push: 503 once at upload"].startswith("http://127.0.0.1")
+    assert said["waits at upload"] == 1
+    assert re.match(safe + TROUBLE, said["push: 503 once at commit"])
+    assert re.match(safe + TOO_MANY, said["push: 429"])
+    assert re.match(safe + BROKEN, said["push: breaks off"])
+    assert said["push: after all"].startswith("http://127.0.0.1")
+    assert said["pushed after all"] is True
+
+
+def test_a_push_that_fails_while_training_goes_on_is_a_warning(said):
+    assert said["steps: 503"] == "3"
+    assert said["checkpoints"] == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+    assert said["titles"] == ["Training in progress, step 3"]
+    assert len(said["warned"]) == 2
+    for text in said["warned"]:
+        assert re.match(f"a push to me/steps failed .{TROUBLE}.; training goes on, the checkpoint is in", text)
+
+
+def test_no_checkpoint_is_pushed_while_a_push_is_under_way(said):
+    assert said["steps: slow"] == "3"
+    assert said["titles of busy"] == ["Training in progress, step 1"]
+
+
+def test_data_sets_are_pulled_by_name_with_their_classes(hub, pushed):
+    """As their pushes show; SVHN is in ``hub_faults.py``."""
+    for name, classes in (("teacher", "airplane"), ("mrpc", "not_equivalent")):
+        config = json.loads(hub.repos["model", f"me/{name}"].files["config.json"])
+        assert config["id2label"]["0"] == classes

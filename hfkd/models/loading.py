@@ -19,6 +19,7 @@ from transformers import (
     TimmWrapperConfig,
     TimmWrapperForImageClassification,
 )
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 from hfkd.hub import remedy_for
 from hfkd.models.modeling_cifar import MODEL_NAMES, CifarConfig, CifarForImageClassification, find_architecture
@@ -160,6 +161,8 @@ def load_model(
             f"{name!r} has no trained weights of the right shape for {', '.join(fresh)}: "
             "fine-tune it on this task first (--train_teacher)"
         )
+    if isinstance(model.config, TimmWrapperConfig) and model.config.model_args is None:
+        model.config.model_args = {}  # timm itself reads what is saved, and no null there
     return model
 
 
@@ -358,11 +361,13 @@ def _load_cifar_resnet(path: Path, fields: dict, pretrained: bool) -> CifarForIm
 
 
 def _make_timm(name: str, fields: dict) -> TimmWrapperForImageClassification:
-    config = TimmWrapperConfig(architecture=name, **fields)
-    network = timm.create_model(name, num_classes=config.num_labels, **(config.model_args or {}))
+    config = TimmWrapperConfig(architecture=name, **{"model_args": {}, **fields})
+    network = timm.create_model(name, num_classes=config.num_labels, **config.model_args)
     # AutoImageProcessor reads size and normalisation of a timm model there.
     config.pretrained_cfg = dict(network.pretrained_cfg)
     model = TimmWrapperForImageClassification(config)
     # The wrapper draws every convolution from N(0, 0.02), as transformers does; the literature starts as timm does.
     model.timm_model = network
+    # Saved under timm's names, as one that was downloaded is, so that timm can load it too.
+    model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
     return model
