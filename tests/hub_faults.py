@@ -29,6 +29,7 @@ def main(folder: Path, data: Path) -> None:
     import huggingface_hub.utils._http
     import torch
     from helpers import make_trainer, rows, tiny, tiny_teacher
+    from peft import LoraConfig, get_peft_model
     from transformers import TrainerCallback, ViTImageProcessor
 
     from hfkd.data import load_image_data, load_tokenizer
@@ -136,10 +137,16 @@ def main(folder: Path, data: Path) -> None:
     said("push: 429", run.push_to_hub, "Again", fault="/me/push/commit", status=429)
     said("push: breaks off", run.push_to_hub, "Again", fault="/me/push/preupload", cut_after=0)
     said("push: after all", run.push_to_hub)
+    run.model.classifier.bias.data.add_(1)
+    said("push: in the background", lambda: run.push_to_hub("Later", blocking=False).result())
     found["pushed after all"] = (
         HUB.repos["model", "me/push"].files["model.safetensors"]
         == Path(run.args.output_dir, "model.safetensors").read_bytes()
     )
+
+    adapter = get_peft_model(tiny("bert"), LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"]))
+    make_trainer(folder / "adapter", adapter, None, None, rows("bert"), hub_model_id="me/adapter").push_to_hub()
+    found["files of an adapter"] = sorted(HUB.pushed("me/adapter"))
 
     # While training goes on
 

@@ -41,7 +41,7 @@ def answers(name: str, asked: dict, image: Image.Image, sentences: list[str]) ->
         if asked["timm"]:
             network = timm.create_model(f"hf-hub:{name}", pretrained=True).eval()
             found["timm"] = network(inputs["pixel_values"])[0].tolist()
-    found["pipeline"] = {entry["label"]: entry["score"] for entry in classify(content, top_k=None)}
+    found["pipeline"] = {entry["label"]: entry["score"] for entry in classify(content, top_k=model.config.num_labels)}
     return found
 
 

@@ -36,6 +36,7 @@ PUSHES = {
     "--push_to_hub --hub_strategy end",
     "cifar": f"{IMAGE} --teacher hf-hub:me/timm --student resnet8 --distiller crd --max_steps 4 --save_total_limit 1 "
     "--push_to_hub --hub_strategy checkpoint --hub_always_push",
+    "again": f"{IMAGE} --teacher me/vit --student hf-hub:me/timm --max_steps 1 --push_to_hub --hub_strategy end",
     "mrpc": f"{TEXT} --teacher other/bert --student_layers 1 --max_steps 2 "
     "--push_to_hub --hub_strategy all_checkpoints --hub_always_push",
 }
@@ -43,6 +44,7 @@ FILES = {
     "teacher": {"README.md", "config.json", "model.safetensors", "modeling_cifar.py", "preprocessor_config.json"},
     "vit": {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"},
     "timm": {"README.md", "config.json", "model.safetensors"},
+    "again": {"README.md", "config.json", "model.safetensors"},
     "cifar": {"README.md", "config.json", "model.safetensors", "modeling_cifar.py", "preprocessor_config.json"},
     "mrpc": {"README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"},
 }
@@ -100,7 +102,7 @@ def pushed(hub, tmp_path_factory):
     """The folder of the runs, and what they printed."""
     home = tmp_path_factory.mktemp("runs") / HOME
     commands = [
-        [*line.split(), "--output_dir", str(home / name), "--hub_model_id", f"me/{name}"]
+        [*line.split(), "--output_dir", str(home / name), "--hub_model_id", f"me/{name}", "--hub_token", TOKEN]
         for name, line in PUSHES.items()
     ]
     output, statuses = start(hub, home, "hub_examples.py", commands)
@@ -137,7 +139,7 @@ def test_the_commits_are_those_of_the_strategy(hub, pushed):
     titles = {name: [commit.title for commit in hub.repos["model", f"me/{name}"].commits[1:]] for name in PUSHES}
     steps = [f"Training in progress, step {step}" for step in (1, 2, 3, 4)]
     assert titles["vit"] == [*steps[:2], "End of training"]
-    assert titles["timm"] == ["End of training"]
+    assert titles["timm"] == titles["again"] == ["End of training"]
     assert titles["cifar"] == [*steps, "End of training"]
     assert titles["mrpc"] == [*steps[:2], "End of training"]
     assert hub.repos["model", "me/vit"].private
@@ -161,7 +163,7 @@ def test_a_stranger_gets_the_answers_of_the_student_here(hub, pushed, tmp_path):
         f"me/{name}": {
             "task": "text-classification" if name == "mrpc" else "image-classification",
             "code": name in ("teacher", "cifar"),
-            "timm": name == "timm",
+            "timm": name in ("timm", "again"),
         }
         for name in PUSHES
     }
@@ -180,7 +182,7 @@ def test_a_stranger_gets_the_answers_of_the_student_here(hub, pushed, tmp_path):
         torch.testing.assert_close(torch.tensor(answers["logits"]), logits)
         expected = dict(zip(student.config.id2label.values(), logits.softmax(-1).tolist(), strict=True))
         assert answers["pipeline"] == pytest.approx(expected, abs=1e-5)
-        if name == "timm":
+        if name in ("timm", "again"):
             torch.testing.assert_close(torch.tensor(answers["timm"]), logits)
 
 
@@ -292,7 +294,8 @@ def test_a_push_that_fails_is_tried_again_or_reported_and_the_student_is_safe(sa
     assert re.match(safe + TROUBLE, said["push: 503 once at commit"])
     assert re.match(safe + TOO_MANY, said["push: 429"])
     assert re.match(safe + BROKEN, said["push: breaks off"])
-    assert said["push: after all"].startswith("http://127.0.0.1")
+    for later in ("push: after all", "push: in the background"):
+        assert said[later].startswith("http://127.0.0.1")
     assert said["pushed after all"] is True
 
 
@@ -303,6 +306,11 @@ def test_a_push_that_fails_while_training_goes_on_is_a_warning(said):
     assert len(said["warned"]) == 2
     for text in said["warned"]:
         assert re.match(f"a push to me/steps failed .{TROUBLE}.; training goes on, the checkpoint is in", text)
+
+
+def test_of_an_adapter_the_adapter_is_pushed(said):
+    words = ["tokenizer.json", "tokenizer_config.json"]
+    assert said["files of an adapter"] == ["README.md", "adapter_config.json", "adapter_model.safetensors", *words]
 
 
 def test_no_checkpoint_is_pushed_while_a_push_is_under_way(said):
