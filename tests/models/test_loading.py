@@ -10,6 +10,7 @@ import pyarrow.parquet as parquet
 import pytest
 import timm
 import torch
+from helpers import tiny
 from huggingface_hub.utils import HFValidationError
 from PIL import Image
 from safetensors.torch import load_file, save_file
