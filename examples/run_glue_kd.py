@@ -128,9 +128,7 @@ def run(
 
     teacher, teacher_tokenizer = None, None
     teacher_name, train_teacher = model_args.teacher, model_args.train_teacher
-    teacher_folder = (
-        os.path.normpath(args.output_dir) + "-teacher"
-    )  # beside the student: a push sends its whole folder
+    teacher_folder = os.path.normpath(args.output_dir) + "-teacher"  # beside the student, whose folder is its own
     if train_teacher and args.resume_from_checkpoint:
         teacher_name, train_teacher = teacher_folder, False
     if teacher_name is not None:
