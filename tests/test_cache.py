@@ -263,7 +263,7 @@ def test_a_folder_that_is_handed_on_with_the_student_is_refused(tmp_path):
         args = DistillationTrainingArguments(str(tmp_path / "run"), teacher_cache=str(folder))
         check_cache(args, rows("bert"), tiny_teacher("bert"))
 
-    with pytest.raises(ValueError, match="is handed on with the student: put teacher_cache= elsewhere"):
+    with pytest.raises(ValueError, match="goes with the student: put teacher_cache= elsewhere"):
         check(tmp_path / "run" / "checkpoint-3" / ".." / "cache")
     check(tmp_path / "run-cache")
 
