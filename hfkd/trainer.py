@@ -1216,11 +1216,14 @@ class DistillationTrainer(Trainer):
             OSError: If the Hub refuses it or cannot be reached, with the remedy. The output folder has it all by then.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self.save_model(_internal_call=True)
         if self.hub_model_id is None:
             self.init_hf_repo(token, private)
-        self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
+        if own := getattr(self.model, "model_tags", None):
+            given = kwargs.get("tags") or []
+            kwargs["tags"] = [*dict.fromkeys([*([given] if isinstance(given, str) else given), *own])]
         name = (self.args.hub_model_id or os.path.abspath(self.args.output_dir)).rpartition("/")[2]
         self.create_model_card(**{"model_name": name, **kwargs})
         self._finish_current_push()

@@ -152,6 +152,7 @@ def test_the_card_that_is_pushed_is_the_one_that_the_run_wrote(hub, pushed):
         assert card == (pushed[0] / name / "README.md").read_bytes()
         assert f"pipeline_tag: {task}" in card.decode()
         assert data in card.decode()
+    assert "\n- timm\n" in hub.repos["model", "me/timm"].files["README.md"].decode()
 
 
 def test_a_stranger_gets_the_answers_of_the_student_here(hub, pushed, tmp_path):
@@ -318,8 +319,14 @@ def test_no_checkpoint_is_pushed_while_a_push_is_under_way(said):
     assert said["titles of busy"] == ["Training in progress, step 1"]
 
 
-def test_data_sets_are_pulled_by_name_with_their_classes(hub, pushed):
-    """As their pushes show; SVHN is in ``hub_faults.py``."""
+def test_data_teachers_and_students_are_pulled_by_their_ids(hub, pushed, said):
+    """Private ones too, with the token, and timm's; SVHN in ``hub_faults.py``, between two faults."""
+    asked = "\n".join(request for request, status in hub.requests if status < 400)
+    for place in ("datasets/uoft-cs/cifar10", "datasets/nyu-mll/glue", "me/teacher", "me/timm", "other/bert"):
+        assert f"GET /{place}/resolve" in asked or f"HEAD /{place}/resolve" in asked
+    assert hub.repos["model", "me/vit"].private
+    assert "HEAD /me/vit/resolve/main/config.json" in asked
+    assert said["data: breaks off once"] == "86"
     for name, classes in (("teacher", "airplane"), ("mrpc", "not_equivalent")):
         config = json.loads(hub.repos["model", f"me/{name}"].files["config.json"])
         assert config["id2label"]["0"] == classes
