@@ -128,9 +128,7 @@ def run(
 
     teacher, teacher_tokenizer = None, None
     teacher_name, train_teacher = model_args.teacher, model_args.train_teacher
-    teacher_folder = (
-        os.path.normpath(args.output_dir) + "-teacher"
-    )  # beside the student: a push sends its whole folder
+    teacher_folder = os.path.normpath(args.output_dir) + "-teacher"  # beside the student, whose folder is its own
     if train_teacher and args.resume_from_checkpoint:
         teacher_name, train_teacher = teacher_folder, False
     if teacher_name is not None:
@@ -191,19 +189,21 @@ def run(
         results.update(trainer.evaluate(dataset, metric_key_prefix=split))
         if teacher is not None:
             results.update({f"teacher_{split}_{k}": v for k, v in trainer.evaluate_teacher(dataset).items()})
-    trainer.save_model()
     trainer.save_state()
     trainer.log_metrics("all", results)
     trainer.save_metrics("all", results)
-    trainer.create_model_card(dataset=data.task, tasks="text-classification")
     if args.do_predict:
         for split, dataset in unlabelled.items():
             predictions = trainer.predict(dataset).predictions
             task = {"ax": "ax", "official_test_mnli-mm": "mnli-mm"}.get(split, raw.task)
             if trainer.is_world_process_zero():
                 write_predictions(args.output_dir, task, predictions, raw.label_names)
+    card = {"dataset": data.task, "tasks": "text-classification"}
     if args.push_to_hub:
-        trainer.push_to_hub()
+        trainer.push_to_hub(**card)  # which saves the student first
+    else:
+        trainer.save_model()
+        trainer.create_model_card(**card)
     return results
 
 

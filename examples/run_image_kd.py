@@ -150,9 +150,7 @@ def run(
         ), plain(data.test)
 
     teacher, teacher_name, train_teacher = None, model_args.teacher, model_args.train_teacher
-    teacher_folder = (
-        os.path.normpath(args.output_dir) + "-teacher"
-    )  # beside the student: a push sends its whole folder
+    teacher_folder = os.path.normpath(args.output_dir) + "-teacher"  # beside the student, whose folder is its own
     if train_teacher and args.resume_from_checkpoint:
         teacher_name, train_teacher = teacher_folder, False
     if teacher_name is not None:
@@ -201,13 +199,15 @@ def run(
             if teacher is not None:
                 results.update({f"teacher_{split}_{k}": v for k, v in trainer.evaluate_teacher(dataset).items()})
 
-    trainer.save_model()
     trainer.save_state()
     trainer.log_metrics("all", results)
     trainer.save_metrics("all", results)
-    trainer.create_model_card(dataset=data.task, tasks="image-classification")
+    card = {"dataset": data.task, "tasks": "image-classification"}
     if args.push_to_hub:
-        trainer.push_to_hub()
+        trainer.push_to_hub(**card)  # which saves the student first
+    else:
+        trainer.save_model()
+        trainer.create_model_card(**card)
     return results
 
 

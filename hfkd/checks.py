@@ -434,7 +434,7 @@ def check_cache(args: TrainingArguments, dataset: Dataset | None, teacher: nn.Mo
     if isinstance(args.teacher_cache, str):
         folder, output = (Path(path).expanduser().resolve() for path in (args.teacher_cache, args.output_dir))
         if folder.is_relative_to(output):
-            raise ValueError(f"a push uploads all of {args.output_dir}: put teacher_cache= elsewhere, {remedy}")
+            raise ValueError(f"{args.output_dir} goes with the student: put teacher_cache= elsewhere, {remedy}")
 
 
 def check_processes(args: TrainingArguments, accelerator: Accelerator) -> None:

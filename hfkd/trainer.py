@@ -27,7 +27,8 @@ from torch.utils.data import Dataset, IterableDataset, Subset
 from tqdm.auto import tqdm
 from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainerCallback, set_seed
 from transformers.trainer import FSDP_MODEL_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, BestRun
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, BestRun, HubStrategy
+from transformers.utils.hub import PushInProgress
 
 from hfkd.cache import TeacherCache, describe, keep_on_host
 from hfkd.checkpoints import (
@@ -80,6 +81,7 @@ from hfkd.features import (
     use_channels_last,
 )
 from hfkd.finite import FiniteLosses
+from hfkd.hub import explained, push_checkpoint, push_student, remedy_for
 from hfkd.labels import head_looks_new, named_labels
 from hfkd.modelcard import base_without_home, write_model_card
 from hfkd.models.loading import check_weight_files, load_teacher
@@ -1196,10 +1198,6 @@ class DistillationTrainer(Trainer):
         # A pickle that nothing reads, with the Hub token and local paths in it.
         Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
-    def _push_from_checkpoint(self, checkpoint_folder):
-        self._leave_paths_out(checkpoint_folder)
-        super()._push_from_checkpoint(checkpoint_folder)
-
     def save_state(self):
         super().save_state()
         self._leave_paths_out(self.args.output_dir)
@@ -1306,6 +1304,74 @@ class DistillationTrainer(Trainer):
             super()._load_best_model()
         if not self.args.save_only_model:
             self._load_distiller(self.state.best_model_checkpoint)
+
+    # The Hub
+
+    def init_hf_repo(self, token=None, private=None):
+        name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+        with explained(f"cannot push to {name}"):
+            super().init_hf_repo(token, private)
+
+    def push_to_hub(
+        self, commit_message="End of training", blocking=True, token=None, revision=None, private=None, **kwargs
+    ):
+        """As in ``transformers.Trainer``, but of the output folder it sends the student alone.
+
+        That is its configuration and weights, its tokenizer or processor, modelling code of its own, the model card
+        and the pictures in it.
+
+        Raises:
+            OSError: If the Hub refuses it or cannot be reached, with the remedy. The output folder has it all by then.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self.save_model(_internal_call=True)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token, private)
+        if not self.is_world_process_zero():
+            return None
+        if own := getattr(self.model, "model_tags", None):
+            given = kwargs.get("tags") or []
+            kwargs["tags"] = [*dict.fromkeys([*([given] if isinstance(given, str) else given), *own])]
+        name = (self.args.hub_model_id or os.path.abspath(self.args.output_dir)).rpartition("/")[2]
+        self.create_model_card(**{"model_name": name, **kwargs})
+        self._finish_current_push()
+        with explained(f"the student is not pushed to {self.hub_model_id}, and lies whole in {self.args.output_dir}"):
+            return push_student(
+                self,
+                commit_message,
+                blocking=blocking,
+                token=token or self.args.hub_token,
+                revision=revision or self.args.hub_revision,
+            )
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        self._report_pushes()
+        if self.push_in_progress is not None and not self.push_in_progress.is_done() and not self.args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self._leave_paths_out(checkpoint_folder)
+        under_way = [] if self.push_in_progress is None else self.push_in_progress.jobs
+        self.push_in_progress = PushInProgress([*under_way, push_checkpoint(self, checkpoint_folder)])
+
+    def _finish_current_push(self):
+        super()._finish_current_push()
+        self._report_pushes()
+
+    def _report_pushes(self) -> None:
+        """Warn of pushes that failed while training went on, which transformers keeps to itself."""
+        if getattr(self, "push_in_progress", None) is None:
+            return
+        done = [job for job in self.push_in_progress.jobs if job.done()]
+        self.push_in_progress.jobs = [job for job in self.push_in_progress.jobs if job not in done]
+        for error in filter(None, (job.exception() for job in done)):
+            warnings.warn(
+                f"a push to {self.hub_model_id} failed ({remedy_for(error) or error}); training goes on, the "
+                f"checkpoint is in {self.args.output_dir}, and the next push sends the student again",
+                UserWarning,
+                stacklevel=2,
+            )
 
     def create_model_card(self, *args, **kwargs):
         if self.is_world_process_zero():

@@ -258,12 +258,12 @@ def test_a_made_teacher_is_refused(tmp_path):
         make_trainer(tmp_path, tiny("bert"), None, SelfDistillation(), rows("bert"), teacher_cache=True)
 
 
-def test_a_folder_that_a_push_would_upload_is_refused(tmp_path):
+def test_a_folder_that_is_handed_on_with_the_student_is_refused(tmp_path):
     def check(folder):
         args = DistillationTrainingArguments(str(tmp_path / "run"), teacher_cache=str(folder))
         check_cache(args, rows("bert"), tiny_teacher("bert"))
 
-    with pytest.raises(ValueError, match="a push uploads all of .*: put teacher_cache= elsewhere"):
+    with pytest.raises(ValueError, match="goes with the student: put teacher_cache= elsewhere"):
         check(tmp_path / "run" / "checkpoint-3" / ".." / "cache")
     check(tmp_path / "run-cache")
 

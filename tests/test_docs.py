@@ -72,6 +72,7 @@ def test_the_defaults_are_a_row_of_the_papers_pairs():
         ("benchmarks.md", 0),
         ("comparing.md", 20),
         ("export.md", 5),
+        ("hub.md", 8),
     ],
 )
 def test_the_tests_that_it_names_exist(page, at_least):

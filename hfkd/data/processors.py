@@ -14,6 +14,9 @@ from transformers import (
 from transformers.models.timm_wrapper.configuration_timm_wrapper import TimmWrapperConfig
 from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
 
+from hfkd.hub import remedy_for
+from hfkd.models.loading import HUB_PREFIX
+
 
 def processor_for(model: PreTrainedModel, name_or_path: str | Path | None = None) -> BaseImageProcessor:
     """The image processor with which a model was, or is to be, trained.
@@ -46,7 +49,7 @@ def processor_for(model: PreTrainedModel, name_or_path: str | Path | None = None
             image_mean=list(config.image_mean),
             image_std=list(config.image_std),
         )
-    source = name_or_path or config.name_or_path
+    source = str(name_or_path or config.name_or_path).removeprefix(HUB_PREFIX)
     if not source:
         raise ValueError(
             f"{type(model).__name__} was not loaded from anywhere: pass name_or_path of the model whose preprocessing "
@@ -54,9 +57,12 @@ def processor_for(model: PreTrainedModel, name_or_path: str | Path | None = None
         )
     try:
         return AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
-    except OSError as error:
+    except Exception as error:
+        reason = remedy_for(error) or (error if isinstance(error, OSError) else None)
+        if reason is None:
+            raise
         raise ValueError(
-            f"no image processor beside {source} ({error}): save one there with processor.save_pretrained, or pass "
+            f"no image processor beside {source} ({reason}): save one there with processor.save_pretrained, or pass "
             "name_or_path of the model whose preprocessing it shares"
         ) from error
 
@@ -73,8 +79,11 @@ def load_tokenizer(name_or_path: str | Path, *, trust_remote_code: bool = False)
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        reason = textwrap.shorten(str(error), 240, placeholder=" …")
+    except Exception as error:
+        remedy = remedy_for(error)
+        if remedy is None and not isinstance(error, (OSError, ValueError)):
+            raise
+        reason = remedy or textwrap.shorten(str(error), 240, placeholder=" …")
         raise ValueError(
             f"no tokenizer in {str(name_or_path)!r} ({reason}): name a Hub id or a folder of a text model, with its "
             "tokenizer beside it (tokenizer.save_pretrained)"

@@ -7,6 +7,7 @@ import datasets
 from datasets import Dataset
 from datasets.exceptions import DatasetGenerationError
 
+from hfkd.hub import explained, remedy_for
 from hfkd.models.loading import check_hub_id
 
 
@@ -19,23 +20,22 @@ def load_from_hub(hub_id: str, config: str | None = None, revision: str | None =
     """All splits of a Hub data set.
 
     Raises:
-        ConnectionError: If the Hub cannot be reached.
+        ConnectionError: If the Hub cannot be reached, or has a fault.
+        PermissionError: If it does not accept the token.
         FileNotFoundError: If it has no such data set.
         ValueError: If that cannot be a Hub id.
     """
     check_hub_id(hub_id, revision)
-    try:
-        splits = dict(datasets.load_dataset(hub_id, config, revision=revision))
-    except ConnectionError as error:
-        raise ConnectionError(
-            f"cannot load {hub_id} from the Hub ({error}): without network, download it elsewhere and pass its folder "
-            "as data_dir"
-        ) from error
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"the Hub has no data set {hub_id} that can be read ({error}): correct its name, log in where it is "
-            "private, or pass a local folder as data_dir"
-        ) from error
+    with explained(f"cannot load {hub_id} from the Hub (you may pass its folder as data_dir)"):
+        try:
+            splits = dict(datasets.load_dataset(hub_id, config, revision=revision))
+        except FileNotFoundError as error:
+            if remedy_for(error):
+                raise
+            raise FileNotFoundError(
+                f"the Hub has no data set {hub_id} that can be read ({error}): correct its name, log in where it is "
+                "private, or pass a local folder as data_dir"
+            ) from error
     return {_ALIASES.get(name, name): split for name, split in splits.items()}
 
 

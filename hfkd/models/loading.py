@@ -19,11 +19,14 @@ from transformers import (
     TimmWrapperConfig,
     TimmWrapperForImageClassification,
 )
+from transformers.conversion_mapping import get_model_conversion_mapping
 
+from hfkd.hub import remedy_for
 from hfkd.models.modeling_cifar import MODEL_NAMES, CifarConfig, CifarForImageClassification, find_architecture
 
 
 BATCH_COUNT = "num_batches_tracked"  # of BatchNorm: no answer depends on it, and older files lack it
+HUB_PREFIX = "hf-hub:"  # timm's, for a Hub id
 CIFAR10_LABELS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
@@ -43,7 +46,8 @@ def load_model(
 
     For images a name is looked up in this order: a ``.safetensors`` file with a CIFAR ResNet in akamaster's naming,
     one of our own networks (:data:`~hfkd.models.MODEL_NAMES`, always with fresh weights), a timm model, a local
-    folder, a Hub id. ``timm/NAME`` or ``timm:NAME`` asks for timm where both have the name, ``./NAME`` for a folder.
+    folder, a Hub id. ``timm/NAME`` or ``timm:NAME`` asks for timm where both have the name, ``./NAME`` for a folder,
+    timm's ``hf-hub:OWNER/NAME`` for a Hub id.
 
     Args:
         name_or_path: What to load.
@@ -74,8 +78,8 @@ def load_model(
     }
     if task not in auto_classes:
         raise ValueError(f"unknown task {task!r}: use one of {', '.join(auto_classes)}")
-    name = str(name_or_path)
-    is_image = task == "image-classification"
+    name = str(name_or_path).removeprefix(HUB_PREFIX)
+    is_image = task == "image-classification" and name == str(name_or_path)  # else a Hub id
     is_file = is_image and name.endswith(".safetensors")
     is_ours = is_image and find_architecture(name) is not None
     timm_name = _timm_name(name)
@@ -129,13 +133,16 @@ def load_model(
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, SafetensorError) as error:
+    except Exception as error:
+        remedy = None if Path(name).is_dir() else remedy_for(error)
+        if remedy is None and not isinstance(error, (OSError, ValueError, SafetensorError)):
+            raise
         if "trust_remote_code" in str(error):
             raise ValueError(
                 f"{name!r} comes with code of its own, which is not run: pass trust_remote_code=True "
                 "(--trust_remote_code) if you trust it"
             ) from error
-        if Path(name).is_dir() or not isinstance(error, OSError):
+        if remedy is None and (Path(name).is_dir() or not isinstance(error, OSError)):
             refusal = OSError if isinstance(error, OSError) else ValueError
             raise refusal(
                 f"cannot load {name!r} for {task} ({_shortened(error)}): name a model of that kind, whose folder is "
@@ -143,9 +150,10 @@ def load_model(
             ) from error
         if is_timm:
             raise ValueError(
-                f"the weights of timm's {timm_name!r} could not be downloaded: pass pretrained=False for random ones"
+                f"the weights of timm's {timm_name!r} could not be downloaded ({remedy or _shortened(error)}): pass "
+                "pretrained=False for random ones"
             ) from error
-        raise ValueError(nowhere) from error
+        raise ValueError(f"{nowhere}: {remedy or _shortened(error)}") from error
 
     fresh = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     if refuse_new_head and fresh:
@@ -153,6 +161,8 @@ def load_model(
             f"{name!r} has no trained weights of the right shape for {', '.join(fresh)}: "
             "fine-tune it on this task first (--train_teacher)"
         )
+    if isinstance(model.config, TimmWrapperConfig) and model.config.model_args is None:
+        model.config.model_args = {}  # timm itself reads what is saved, and no null there
     return model
 
 
@@ -351,11 +361,13 @@ def _load_cifar_resnet(path: Path, fields: dict, pretrained: bool) -> CifarForIm
 
 
 def _make_timm(name: str, fields: dict) -> TimmWrapperForImageClassification:
-    config = TimmWrapperConfig(architecture=name, **fields)
-    network = timm.create_model(name, num_classes=config.num_labels, **(config.model_args or {}))
+    config = TimmWrapperConfig(architecture=name, **{"model_args": {}, **fields})
+    network = timm.create_model(name, num_classes=config.num_labels, **config.model_args)
     # AutoImageProcessor reads size and normalisation of a timm model there.
     config.pretrained_cfg = dict(network.pretrained_cfg)
     model = TimmWrapperForImageClassification(config)
     # The wrapper draws every convolution from N(0, 0.02), as transformers does; the literature starts as timm does.
     model.timm_model = network
+    # Saved under timm's names, as one that was downloaded is, so that timm can load it too.
+    model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
     return model

@@ -10,6 +10,7 @@ import pyarrow.parquet as parquet
 import pytest
 import timm
 import torch
+from helpers import tiny
 from huggingface_hub.utils import HFValidationError
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -196,7 +197,7 @@ def test_pretrained_timm_name_asks_for_its_hub_weights(monkeypatch):
 
     def from_pretrained(name, **options):
         asked.append((name, options["num_labels"]))
-        return None, {"missing_keys": set(), "mismatched_keys": set()}
+        return tiny("timm"), {"missing_keys": set(), "mismatched_keys": set()}
 
     monkeypatch.setattr(AutoModelForImageClassification, "from_pretrained", from_pretrained)
     load_model("timm/resnet18", num_labels=10)
