@@ -38,6 +38,9 @@ class ModelArguments:
     distiller_kwargs: str = field(default="{}", metadata={"help": "Its arguments, as JSON."})
     train_teacher: bool = field(default=False, metadata={"help": "Fine-tune the teacher on the same labels first."})
     teacher_epochs: float | None = field(default=None, metadata={"help": "Epochs of that; as for the student."})
+    baseline: str | None = field(
+        default=None, metadata={"help": "Folder of a run of the student alone, for the model card's table."}
+    )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with a Hub id."})
 
 
@@ -195,7 +198,7 @@ def run(
     trainer.save_state()
     trainer.log_metrics("all", results)
     trainer.save_metrics("all", results)
-    trainer.create_model_card(dataset=data.task, tasks="text-classification")
+    trainer.create_model_card(dataset=data.task, tasks="text-classification", baseline=model_args.baseline)
     if args.do_predict:
         for split, dataset in unlabelled.items():
             predictions = trainer.predict(dataset).predictions

@@ -13,7 +13,7 @@ from filelock import FileLock
 
 
 TESTS = Path(__file__).parent
-collect_ignore = ["planted_token.py"]  # a script that needs its token
+collect_ignore = ["planted_token.py", "tracked_run.py"]  # scripts that need their token, their folder
 sys.path.insert(0, str(TESTS))
 torch.set_num_threads(1)  # the models are tiny, and several workers share the cores
 
@@ -69,6 +69,7 @@ def two_processes(launch, tmp_path_factory):
     assert output.startswith("exit status 0\n"), output
     names = {file.stem.rpartition("-")[0] for file in folder.glob("*.pt")}
     return {name: [torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for rank in (0, 1)] for name in names}
+
 
 @pytest.fixture(scope="session")
 def browser():
