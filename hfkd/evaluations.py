@@ -132,10 +132,10 @@ def latencies(trainer: DistillationTrainer) -> tuple[float | None, float | None]
     """Milliseconds of a forward pass of student and teacher with one sample, each the median of seven.
 
     None where there is no such model here, its weights were never loaded, or there is no sample; under FSDP, where one
-    process alone cannot run a model, too.
+    process alone cannot run a model, and of a compiled teacher, which would be compiled once more for one sample.
     """
     dataset = next(iter(trainer._eval_datasets().values()), trainer.train_dataset)
-    if dataset is None or trainer.is_fsdp_enabled or isinstance(dataset, IterableDataset):
+    if trainer.is_fsdp_enabled or isinstance(dataset, IterableDataset) or not dataset:
         return None, None
     batch = {name: column for name, column in trainer.context.take(dataset, [0]).items() if name != "labels"}
     device = trainer.args.device
@@ -154,7 +154,8 @@ def latencies(trainer: DistillationTrainer) -> tuple[float | None, float | None]
         with evaluating(trainer.model):
             student = milliseconds(lambda: run_model(trainer.model, batch))
         teacher_model, teacher = trainer.teacher_model, None
-        if teacher_model is not None and not next(teacher_model.parameters()).is_meta:
+        is_there = teacher_model is not None and not next(teacher_model.parameters()).is_meta
+        if is_there and not trainer.args.torch_compile:
             with evaluating(teacher_model):
                 frozen = trainer.teacher or (lambda batch: run_model(teacher_model, batch, prefix="teacher_"))
                 teacher = milliseconds(lambda: frozen(batch))

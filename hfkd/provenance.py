@@ -40,9 +40,9 @@ def data_origin(dataset: Dataset | None) -> dict[str, str | None] | None:
     return None
 
 
-_ARXIV = re.compile(r"\b\d{4}\.\d{5}\b")
+_ARXIV = re.compile(r"\b\d{4}\.\d{4,5}\b")
 _CITED = re.compile(
-    r'([A-Z][\w-]+(?: et al\.| and [A-Z][\w-]+)?) (\d{4}),(?: "([^"]+)",)?(?: [^",;.]+,)? arXiv (\d{4}\.\d{5})'
+    r'([A-Z][\w-]+(?: et al\.| and [A-Z][\w-]+)?) (\d{4}),(?: "([^"]+)",)?(?: [^",;.]+,)? arXiv (\d{4}\.\d{4,5})'
 )
 
 
@@ -99,7 +99,7 @@ def command_line(processes: int, secrets: Sequence[str | None] = ()) -> str | No
     hide_next = False
     for word in sys.argv[1:]:
         flag, equals, _ = word.partition("=")
-        is_secret = re.fullmatch(r"--?[\w-]*(token|password|secret|api_?key)", flag, re.IGNORECASE) is not None
+        is_secret = re.fullmatch(r"--?[\w-]*(token|password|secret|api[_-]?key)", flag, re.IGNORECASE) is not None
         if hide_next and not word.startswith("--"):
             word = "TOKEN"
         elif is_secret and equals:

@@ -351,7 +351,7 @@ class DistillationTrainer(Trainer):
         self._finite_losses, self._termination, self._saved_step = FiniteLosses(self.args.device), Termination(), -1
         self._evaluated = torch.zeros(2, device=self.args.device)  # sum of losses, number of labelled samples
         self._resumed_from: str | None = None
-        self.evaluations, self._card = Evaluations(), {}  # what the model card is made of
+        self.evaluations, self._last_output, self._card = Evaluations(), None, {}  # what the model card is made of
         self.add_callback(_Hooks(self))
         self.callback_handler.callbacks.insert(0, _LastHook(self))
 
@@ -806,10 +806,11 @@ class DistillationTrainer(Trainer):
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         dataset = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
+        output, self._last_output = self._last_output, None
         if not isinstance(dataset, (dict, IterableDataset)):  # of several sets each one came by here
-            logits, labels = self._last_output.predictions, self._last_output.label_ids
-            if self._are_logits(logits) and isinstance(labels, np.ndarray):
-                self.evaluations.student[metric_key_prefix] = Answers(dataset, None, logits, labels)
+            if self._are_logits(output.predictions) and isinstance(output.label_ids, np.ndarray):
+                answers = Answers(dataset, None, output.predictions, output.label_ids)
+                self.evaluations.student[metric_key_prefix] = answers
         return metrics
 
     def _are_logits(self, predictions: Any) -> bool:

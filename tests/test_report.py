@@ -224,8 +224,8 @@ def test_curves_of_nothing_are_refused(tmp_path, log):
 def answers():
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 4, 200)
-    labels[:5] = -100
     student, teacher = (rng.normal(size=(200, 4)) + strength * np.eye(4)[labels] for strength in (1.0, 3.0))
+    labels[:5] = -100
     return student, teacher, labels
 
 
