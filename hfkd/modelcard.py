@@ -301,7 +301,7 @@ def _what_it_is(trainer: DistillationTrainer, teachers, dataset, origin) -> list
         address = f"https://huggingface.co/datasets/{origin['id']}"
         about += [f"- Data: [{origin['id']}]({address}), `{origin['config']}`, revision `{origin['revision']}`"]
     elif dataset is not None:
-        about += [f"- Data: {dataset}, not loaded from the Hub"]
+        about += [f"- Data: {dataset}, not loaded from the Hub, so that no revision is known"]
     found = papers(trainer.distiller)
     links = ", ".join(f"[{number}](https://arxiv.org/abs/{number})" for number in found)
     about += [
@@ -387,7 +387,7 @@ def _results(trainer: DistillationTrainer, split, own, calibration, answers, bas
         notes += ["ECE is the expected calibration error (15 bins): 0 is as sure as it is right."]
     if student_latency is not None:
         machine = machine_of(trainer.args.device)
-        notes += [f"Latency is of one sample, the median of 7 forward passes on the machine that trained: {machine}."]
+        notes += [f"Latency is of one sample: the median of 7 forward passes on the machine that trained ({machine})."]
     if is_adapter:
         own_bytes = bytes_of(model, only_trained=True) / 1e6
         notes += [f"The student is an adapter: of its weights {own_bytes:.2f} MB are its own, the others its base's."]

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from hfkd.metrics import expected_calibration_error, reliability
 
@@ -251,9 +251,9 @@ def confusion_difference(
         axes.text(column, row, f"{value:+.0f}", color=ink, ha="center", va="center", fontsize=7, bbox=plate)
     axes.set_xticks(range(len(shown)), names, rotation=90, fontsize=7, parse_math=False)
     axes.set_yticks(range(len(shown)), names, fontsize=7, parse_math=False)
-    which = f", the {len(shown)} of {classes} classes that differ most" if len(shown) < classes else ""
+    which = f"\nthe {len(shown)} of {classes} classes that differ most" if len(shown) < classes else ""
     axes.set(xlabel="answer", ylabel="true class")
-    axes.set_title(f"student − teacher{which}", fontsize=9)
+    axes.set_title(f"student − teacher: + it answers so more often, − less often{which}", fontsize=9)
     figure.colorbar(image, ax=axes, label="percentage points of the true class", shrink=0.8)
     return save(figure, path)
 
@@ -291,6 +291,9 @@ def accuracy_against_latency(
         colour, marker = COLOURS[(place + place // 7) % 7], MARKERS[place % 7]
         axes.plot([latency], [value], color=colour, marker=marker, linestyle="none", markersize=7, label=name)
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set(xlabel="latency, batch 1 (ms)", ylabel=score)
     axes.grid(color="0.9", linewidth=0.6, which="both")
     axes.spines[["top", "right"]].set_visible(False)
