@@ -246,14 +246,15 @@ def confusion_difference(
         if value < 0:
             cell = (column - 0.5, row - 0.5), 1, 1
             axes.add_patch(Rectangle(*cell, fill=False, edgecolor="0.55", hatch="///", linewidth=0))
-        ink = "white" if abs(value) > 0.7 * limit else "black"
-        plate = {"facecolor": image.cmap(image.norm(value)), "edgecolor": "none", "pad": 0.8}
+        colour = image.cmap(image.norm(value))
+        ink = "white" if np.dot(colour[:3], (0.2126, 0.7152, 0.0722)) < 0.45 else "black"
+        plate = {"facecolor": colour, "edgecolor": "none", "pad": 0.8}
         axes.text(column, row, f"{value:+.0f}", color=ink, ha="center", va="center", fontsize=7, bbox=plate)
     axes.set_xticks(range(len(shown)), names, rotation=90, fontsize=7, parse_math=False)
     axes.set_yticks(range(len(shown)), names, fontsize=7, parse_math=False)
     which = f"\nthe {len(shown)} of {classes} classes that differ most" if len(shown) < classes else ""
     axes.set(xlabel="answer", ylabel="true class")
-    axes.set_title(f"student − teacher: + it answers so more often, − less often{which}", fontsize=9)
+    axes.set_title(f"student − teacher: + the student answers this more often, − less often{which}", fontsize=9)
     figure.colorbar(image, ax=axes, label="percentage points of the true class", shrink=0.8)
     return save(figure, path)
 
