@@ -99,8 +99,10 @@ def training_curves(log_history: Sequence[Mapping], path: str | Path, *, weights
             "the log has no loss, no score and no weight at any step: train first, with logging_steps= no larger than "
             "the number of steps"
         )
-    figure = new_figure(4.2 * len(panels), 3.2)
-    for axes, (title, unit, series) in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels, strict=True):
+    columns, lines = min(2, len(panels)), math.ceil(len(panels) / 2)  # what a page's width keeps readable
+    figure = new_figure(4.2 * columns, 3.0 * lines)
+    for place, (title, unit, series) in enumerate(panels, 1):
+        axes = figure.add_subplot(lines, columns, place)
         _draw_series(axes, series)
         axes.set(title=title, xlabel="step", ylabel=unit)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
