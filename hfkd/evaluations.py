@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, Subset
 
 from hfkd.features import evaluating, run_model
 
@@ -137,7 +137,9 @@ def latencies(trainer: DistillationTrainer) -> tuple[float | None, float | None]
     dataset = next(iter(trainer._eval_datasets().values()), trainer.train_dataset)
     if trainer.is_fsdp_enabled or isinstance(dataset, IterableDataset) or not dataset:
         return None, None
-    batch = {name: column for name, column in trainer.context.take(dataset, [0]).items() if name != "labels"}
+    # Not the context's take(), which wants labels; an evaluation set may have none.
+    batch = trainer._prepare_inputs(next(iter(trainer.context.loader(Subset(dataset, [0]), 1))))
+    batch = {name: column for name, column in batch.items() if name not in (*trainer.label_names, "labels")}
     device = trainer.args.device
 
     def milliseconds(run: Callable[[], object]) -> float:

@@ -224,6 +224,7 @@ def write_model_card(
                 metric_value=value,
             )
             for name, value in measured.items()
+            if math.isfinite(value)  # the Hub refuses a card with another number
         ]
     started_from, base = hub_origin(student), finetuned_from
     if base is None and is_adapter:

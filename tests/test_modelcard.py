@@ -21,6 +21,7 @@ from hfkd.metrics import compute_metrics
 from hfkd.provenance import bibtex, command_line, data_origin, hub_origin, papers
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:of .* samples the teacher:UserWarning")  # it is a random net
 TASK = {"dataset": "toy", "tasks": "text-classification"}
 
 
@@ -102,6 +103,14 @@ def test_the_index_of_scores_is_the_hubs(tmp_path):
         "text-classification",
         "transformers",
     )
+
+
+def test_a_score_that_is_no_number_is_left_out_of_the_index(tmp_path):
+    trainer = trained(tmp_path)
+    trainer.log({"eval_strange": float("nan")})
+    card = card_of(trainer)
+    assert {result.metric_type for result in card.data.eval_results} == {"accuracy", "ece"}
+    assert table_of(card)["student"]["strange"] == "nan"
 
 
 def test_a_teacher_that_was_asked_in_part_is_compared_on_that_part(tmp_path):
@@ -405,6 +414,16 @@ def test_a_card_before_any_training_and_without_evaluation(tmp_path):
     assert "accuracy" not in table_of(card)["teacher"]
     assert not (tmp_path / "figures").exists()
     assert card.data.eval_results is None
+
+
+def test_an_evaluation_set_without_labels_leaves_latency(tmp_path):
+    hidden = rows("bert", 12, seed=3).with_columns(labels=None)
+    card = card_of(trained(tmp_path, teacher=tiny_teacher("bert"), evaluation=hidden))
+    columns = {"parameters", "weights (MB)", "latency (ms)"}
+    assert {name: set(cells) for name, cells in table_of(card).items()} == {
+        "teacher": columns,
+        "distilled student": columns,
+    }
 
 
 def test_a_diverged_student_still_gets_its_card(tmp_path):
