@@ -7,6 +7,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +17,9 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset, Subset
 
-from hfkd.features import evaluating, run_model
+from hfkd.distillers.base import autocast_off
+from hfkd.features import at_model, evaluating, run_model
+from hfkd.teacher import Teachers
 
 
 if TYPE_CHECKING:
@@ -131,8 +134,8 @@ def machine_of(device: torch.device) -> str:
 def latencies(trainer: DistillationTrainer) -> tuple[float | None, float | None]:
     """Milliseconds of a forward pass of student and teacher with one sample, each the median of seven.
 
-    None where there is no such model here, its weights were never loaded, or there is no sample; under FSDP, where one
-    process alone cannot run a model, and of a compiled teacher, which would be compiled once more for one sample.
+    Neither is compiled. None where there is no such model here, its weights were never loaded, or there is no sample;
+    under FSDP, where one process alone cannot run a model, too.
     """
     dataset = next(iter(trainer._eval_datasets().values()), trainer.train_dataset)
     if trainer.is_fsdp_enabled or isinstance(dataset, IterableDataset) or not dataset:
@@ -152,13 +155,20 @@ def latencies(trainer: DistillationTrainer) -> tuple[float | None, float | None]
             times.append(1000 * (time.perf_counter() - start))
         return statistics.median(times[2:])
 
+    def ask(model: nn.Module, dtype: torch.dtype | None) -> None:
+        inputs = at_model(model, batch)
+        if dtype is not None:
+            inputs = {name: v.to(dtype) if v.is_floating_point() else v for name, v in inputs.items()}
+        with nullcontext() if dtype is None else autocast_off(device):
+            run_model(model, inputs, prefix="teacher_")
+
     with trainer.compute_loss_context_manager():
         with evaluating(trainer.model):
             student = milliseconds(lambda: run_model(trainer.model, batch))
         teacher_model, teacher = trainer.teacher_model, None
-        is_there = teacher_model is not None and not next(teacher_model.parameters()).is_meta
-        if is_there and not trainer.args.torch_compile:
+        if teacher_model is not None and not next(teacher_model.parameters()).is_meta:
+            sources = trainer.teacher.members if isinstance(trainer.teacher, Teachers) else [trainer.teacher]
+            members = [(teacher_model, None) if source is None else (source.model, source.dtype) for source in sources]
             with evaluating(teacher_model):
-                frozen = trainer.teacher or (lambda batch: run_model(teacher_model, batch, prefix="teacher_"))
-                teacher = milliseconds(lambda: frozen(batch))
+                teacher = milliseconds(lambda: [ask(*member) for member in members])
     return student, teacher

@@ -128,6 +128,19 @@ def test_a_teacher_that_was_asked_in_part_is_compared_on_that_part(tmp_path):
     assert table_of(card_of(trainer))["distilled student"]["agreement"] == f"{alike.mean():.4f}"
 
 
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_an_ensemble_takes_as_long_as_its_members(tmp_path, monkeypatch, dtype):
+    """Each is asked about one sample, in the precision that it teaches in."""
+    teachers = [tiny_teacher("bert"), tiny_teacher("distilbert", seed=7)]
+    trainer = trained(tmp_path, None, teachers, WTTM(), teacher_dtype=dtype)
+    seen = []
+    for source in trainer.teacher.members:
+        source.model.register_forward_hook(lambda *call: seen.append((type(call[0]), call[2].logits)))
+    assert table_of(card_of(trainer))["teacher"]["latency (ms)"] != "–"
+    assert [kind for kind, _ in seen] == [type(teacher) for teacher in teachers] * 9
+    assert {(len(logits), logits.dtype) for _, logits in seen} == {(1, torch.bfloat16 if dtype else torch.float32)}
+
+
 def test_answers_in_another_order_are_not_compared(tmp_path):
     trainer = trained(tmp_path, teacher=tiny_teacher("bert"))
     kept = trainer.evaluations.student["eval"]
