@@ -38,6 +38,9 @@ class ModelArguments:
     distiller_kwargs: str = field(default="{}", metadata={"help": "Its arguments, as JSON."})
     train_teacher: bool = field(default=False, metadata={"help": "Fine-tune the teacher on the same labels first."})
     teacher_epochs: float | None = field(default=None, metadata={"help": "Epochs of that; as for the student."})
+    baseline: str | None = field(
+        default=None, metadata={"help": "Folder of a run of the student alone, for the model card's table."}
+    )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with a Hub id."})
 
 
@@ -198,7 +201,7 @@ def run(
             task = {"ax": "ax", "official_test_mnli-mm": "mnli-mm"}.get(split, raw.task)
             if trainer.is_world_process_zero():
                 write_predictions(args.output_dir, task, predictions, raw.label_names)
-    card = {"dataset": data.task, "tasks": "text-classification"}
+    card = {"dataset": data.task, "tasks": "text-classification", "baseline": model_args.baseline}
     if args.push_to_hub:
         trainer.push_to_hub(**card)  # which saves the student first
     else:

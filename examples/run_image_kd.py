@@ -36,6 +36,9 @@ class ModelArguments:
     student_pretrained: bool = field(default=True, metadata={"help": "Start from weights where the student has any."})
     train_teacher: bool = field(default=False, metadata={"help": "Fine-tune the teacher on the same labels first."})
     teacher_epochs: float | None = field(default=None, metadata={"help": "Epochs of that; as for the student."})
+    baseline: str | None = field(
+        default=None, metadata={"help": "Folder of a run of the student alone, for the model card's table."}
+    )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with a Hub id."})
 
 
@@ -202,7 +205,7 @@ def run(
     trainer.save_state()
     trainer.log_metrics("all", results)
     trainer.save_metrics("all", results)
-    card = {"dataset": data.task, "tasks": "image-classification"}
+    card = {"dataset": data.task, "tasks": "image-classification", "baseline": model_args.baseline}
     if args.push_to_hub:
         trainer.push_to_hub(**card)  # which saves the student first
     else:

@@ -108,6 +108,10 @@ def check_conflicts(model_args, args) -> None:
                 raise ValueError(f"--{flag} is about a teacher, and there is none: name one with --teacher")
     if model_args.teacher_epochs is not None and not model_args.train_teacher:
         raise ValueError("--teacher_epochs is about --train_teacher, which is not there: add it, or leave that out")
+    if model_args.baseline is not None and not Path(model_args.baseline, "README.md").is_file():
+        raise ValueError(
+            f"--baseline {model_args.baseline} has no README.md: name the --output_dir of a run without --teacher"
+        )
     if model_args.distiller is None and json_table(model_args.distiller_kwargs, "distiller_kwargs"):
         raise ValueError("--distiller_kwargs are a method's, and none is named: add --distiller, such as kd")
 

@@ -8,6 +8,7 @@ import numpy as np
 import sklearn.metrics
 import torch
 from datasets import Features, Value
+from scipy.special import softmax
 from scipy.stats import ConstantInputWarning, pearsonr, spearmanr
 from transformers import EvalPrediction
 
@@ -211,3 +212,98 @@ def _classes(features, labels) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def _unit(rows: np.ndarray) -> np.ndarray:
     lengths = np.linalg.norm(rows, axis=1, keepdims=True)
     return np.divide(rows, lengths, out=np.zeros_like(rows), where=lengths > 0)
+
+
+def reliability(logits, labels, *, bins: int = 15) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """How often a model is right where it is so sure of its answer: what a reliability diagram shows.
+
+    Confidence is the largest probability. Bin b of M holds the samples whose confidence lies in ((b - 1) / M, b / M].
+
+    Args:
+        logits: (N, C) unnormalised scores, C at least 2.
+        labels: (N,) class indices; samples with -100 are left out.
+        bins: How many, of equal width.
+
+    Returns:
+        Samples, mean confidence and accuracy of each bin, (M,) each; an empty bin has 0 of all three.
+
+    Raises:
+        ValueError: If the shapes do not fit, a score is not finite, no sample has a label, or there is no bin.
+
+    >>> samples, confidence, accuracy = reliability([[0.0, 0.0], [9.0, 0.0]], [1, 0], bins=2)
+    >>> samples.tolist(), accuracy.tolist()
+    ([1, 1], [0.0, 1.0])
+    """
+    if bins < 1:
+        raise ValueError(f"bins must be positive, got {bins}: 15 is usual")
+    logits, labels = _scores(logits), np.asarray(labels)
+    if logits.ndim != 2 or logits.shape[1] < 2 or labels.shape != logits.shape[:1]:
+        raise ValueError(
+            f"calibration is about logits (N, C) of at least 2 classes and labels (N,), got {logits.shape} and "
+            f"{labels.shape}: a regression has no confidence"
+        )
+    labelled = labels != -100
+    if not labelled.any():
+        raise ValueError("no sample has a label: pass a labelled split")
+    confidence = softmax(logits[labelled], axis=1).max(1)
+    right = logits[labelled].argmax(1) == labels[labelled]
+    which = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    samples = np.bincount(which, minlength=bins)
+    means = (np.bincount(which, column, bins) / np.maximum(samples, 1) for column in (confidence, right))
+    return samples, *means
+
+
+def expected_calibration_error(logits, labels, *, bins: int = 15) -> float:
+    r"""How far confidence and accuracy lie apart, on average over the samples; 0 is calibrated.
+
+    .. math:: \sum_{b=1}^{M} \frac{n_b}{N} \, \left| \mathrm{acc}_b - \mathrm{conf}_b \right|
+
+    Args:
+        logits: (N, C) unnormalised scores; see :func:`reliability`, whose bins these are.
+        labels: (N,) class indices; samples with -100 are left out.
+        bins: M.
+
+    Returns:
+        A number in [0, 1].
+
+    Raises:
+        ValueError: As :func:`reliability`.
+
+    Source: Guo et al. 2017, "On Calibration of Modern Neural Networks", ICML, arXiv 1706.04599, equation 3.
+
+    >>> expected_calibration_error([[0.0, 0.0], [0.0, 0.0]], [1, 1])
+    0.5
+    """
+    samples, confidence, accuracy = reliability(logits, labels, bins=bins)
+    return float(np.sum(samples * np.abs(accuracy - confidence)) / samples.sum())
+
+
+def agreement(first, second) -> float:
+    """How alike two models answer: the share of samples with the same class first, or Pearson's r of a regression.
+
+    Args:
+        first: (N, C) scores of one model; (N, 1) is a regression.
+        second: The other's, of the same samples.
+
+    Returns:
+        A number in [0, 1]; of a regression in [-1, 1], and 0 where a model always says the same.
+
+    Raises:
+        ValueError: If the shapes differ, there is no sample, or a score is not finite.
+
+    >>> agreement([[2.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [3.0, 2.0]])
+    0.5
+    """
+    first, second = _scores(first), _scores(second)
+    if first.ndim != 2 or first.shape != second.shape or not first.size:
+        raise ValueError(f"agreement is about scores (N, C) of the same samples, got {first.shape} and {second.shape}")
+    if first.shape[1] == 1:
+        return float(Correlation()._compute(first[:, 0], second[:, 0])["pearson"])
+    return float(np.mean(first.argmax(1) == second.argmax(1)))
+
+
+def _scores(values) -> np.ndarray:
+    scores = np.asarray(values, np.float64)
+    if not np.isfinite(scores).all():
+        raise ValueError("a score is NaN or infinite: the model has diverged")
+    return scores

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import os
 import shutil
@@ -67,6 +68,7 @@ from hfkd.context import DistillationContext
 from hfkd.data import DistillationCollator, ImageDataset
 from hfkd.distillers import KD, Distiller, ModelOutputs, StudentAlone
 from hfkd.distillers.base import IGNORE_INDEX, HardLabelLoss, autocast_off, weighted_mean
+from hfkd.evaluations import Answers, Evaluations
 from hfkd.features import (
     Capture,
     base_model,
@@ -83,7 +85,7 @@ from hfkd.features import (
 from hfkd.finite import FiniteLosses
 from hfkd.hub import explained, push_checkpoint, push_student, remedy_for
 from hfkd.labels import head_looks_new, named_labels
-from hfkd.modelcard import base_without_home, write_model_card
+from hfkd.modelcard import base_without_home, save_figures, write_model_card
 from hfkd.models.loading import check_weight_files, load_teacher
 from hfkd.sharding import load_whole_state, whole_state
 from hfkd.teacher import (
@@ -96,6 +98,7 @@ from hfkd.teacher import (
     members_of,
 )
 from hfkd.termination import Termination, outlive
+from hfkd.trackers import show_figures, tracks
 from hfkd.training_args import DistillationTrainingArguments
 
 
@@ -232,13 +235,15 @@ class _Hooks(TrainerCallback):
 
 
 class _LastHook(TrainerCallback):
-    """Hands the end of training to the distiller, before other callbacks, some of which upload the student then."""
+    """Hands the end of training to the distiller, before other callbacks upload the student or close their logs."""
 
     def __init__(self, trainer: DistillationTrainer):
         self.trainer = trainer
 
     def on_train_end(self, args, state, control, **kwargs):
         self.trainer.distiller.on_train_end(self.trainer.context)
+        if self.trainer.is_world_process_zero() and tracks(self.trainer):
+            show_figures(self.trainer, save_figures(self.trainer))
 
 
 class DistillationTrainer(Trainer):
@@ -396,6 +401,7 @@ class DistillationTrainer(Trainer):
         self._cache_counts_before = self._cache_counts()
         self._finite_losses, self._saved_step = FiniteLosses(self.args.device), -1
         self._resumed_from: str | None = None
+        self.evaluations, self._last_output, self._card = Evaluations(), None, {}  # what the model card is made of
 
     def _move_images(self, device: torch.device) -> None:
         """Let small image sets live on the device, where the loader works in this process."""
@@ -849,7 +855,23 @@ class DistillationTrainer(Trainer):
         output.metrics.pop(f"{metric_key_prefix}_loss", None)
         if labelled:
             output.metrics[f"{metric_key_prefix}_loss"] = loss / labelled
+        self._last_output = output
         return output
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        dataset = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
+        output, self._last_output = self._last_output, None
+        if not isinstance(dataset, (dict, IterableDataset)):  # of several sets each one came by here
+            if self._are_logits(output.predictions) and isinstance(output.label_ids, np.ndarray):
+                answers = Answers(dataset, None, output.predictions, output.label_ids)
+                self.evaluations.student[metric_key_prefix] = answers
+        return metrics
+
+    def _are_logits(self, predictions: Any) -> bool:
+        is_one = isinstance(predictions, np.ndarray) and self.preprocess_logits_for_metrics is None
+        return is_one and predictions.shape[1:] == (self.model.config.num_labels,)
 
     # Logging
 
@@ -891,7 +913,7 @@ class DistillationTrainer(Trainer):
             self.log({f"teacher_train_{name}": value for name, value in self._score(*answers[:2]).items()})
             self._judge_teacher(answers, self.train_dataset)
         elif self.teacher is not None and not self._saves_teacher and self.eval_dataset is not None:
-            answers = self._answers(self._ask_teacher, max_samples=1000)
+            answers = self._teacher_answers(max_samples=1000)
             score = self._score(*answers[:2])
             self.log({f"teacher_{name}": value for name, value in score.items()})
             if self.cache is not None and self.is_world_process_zero():
@@ -957,7 +979,14 @@ class DistillationTrainer(Trainer):
         """
         if self.teacher is None:
             raise ValueError("there is no frozen teacher to evaluate")
-        return self._score(*self._answers(self._ask_teacher, dataset, max_samples)[:2])
+        return self._score(*self._teacher_answers(dataset, max_samples)[:2])
+
+    def _teacher_answers(self, dataset: Dataset | None = None, max_samples: int | None = None):
+        answers = self._answers(self._ask_teacher, dataset, max_samples)
+        dataset = next(iter(self._eval_datasets().values())) if dataset is None else dataset
+        if not isinstance(dataset, IterableDataset) and self._are_logits(answers[0]):
+            self.evaluations.keep_teacher(Answers(dataset, spread(dataset, max_samples), *answers[:2]))
+        return answers
 
     def _ask_teacher(self, inputs: Mapping[str, Tensor]) -> Tensor:
         return in_float32(self.teacher(inputs)).logits
@@ -979,9 +1008,8 @@ class DistillationTrainer(Trainer):
             dataset = next(iter(self._eval_datasets().values()), None)
         if dataset is None:
             raise ValueError("pass a dataset: the trainer has no eval_dataset")
-        is_stream = isinstance(dataset, IterableDataset)
-        if max_samples is not None and not is_stream and len(dataset) > max_samples:
-            chosen = torch.linspace(0, len(dataset) - 1, max_samples).long().tolist()
+        chosen = spread(dataset, max_samples)
+        if chosen is not None:
             dataset = dataset.select(chosen) if hasattr(dataset, "select") else Subset(dataset, chosen)
         transforms = self._has_metrics and self.preprocess_logits_for_metrics is not None
         kept = predictions = None
@@ -1374,8 +1402,21 @@ class DistillationTrainer(Trainer):
             )
 
     def create_model_card(self, *args, **kwargs):
+        """Write the model card and its pictures: see :func:`hfkd.modelcard.write_model_card`.
+
+        What is given holds for later cards too, such as the one that ``push_to_hub()`` writes.
+        """
         if self.is_world_process_zero():
-            write_model_card(self, *args, **kwargs)
+            given = inspect.signature(write_model_card).bind(self, *args, **kwargs).arguments
+            self._card |= {name: value for name, value in given.items() if name != "trainer" and value is not None}
+            show_figures(self, write_model_card(self, **self._card))
+
+
+def spread(dataset: Dataset, count: int | None) -> list[int] | None:
+    """At most so many rows, evenly spread over a data set; None for all, and of a stream."""
+    if count is None or isinstance(dataset, IterableDataset) or len(dataset) <= count:
+        return None
+    return torch.linspace(0, len(dataset) - 1, count).long().tolist()
 
 
 def at_view(dataset: Dataset, view: int) -> Dataset:

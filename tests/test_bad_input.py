@@ -412,6 +412,8 @@ CASES = [
      ValueError, ["--teacher_cache", "name one with --teacher"]),
     ("epochs of no teacher's training", lambda f: image(f, "--teacher", "x", "--teacher_epochs", "2"),
      ValueError, ["--teacher_epochs", "--train_teacher", "add it"]),
+    ("student alone of no run", lambda f: image(f, "--baseline", f / "nowhere"),
+     ValueError, ["--baseline", "nowhere has no README.md", "a run without --teacher"]),
     ("arguments of no method", lambda f: image(f, "--teacher", "x", "--distiller_kwargs", '{"alpha": 1}'),
      ValueError, ["--distiller_kwargs", "add --distiller"]),
     ("nothing unlabelled to drop", lambda f: image(f, "--drop_unlabelled"),

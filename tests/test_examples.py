@@ -63,11 +63,20 @@ def test_image_flags_come_from_a_file_and_override_it(image_teacher, tmp_path):
         "dataset: digits\nstudent: resnet8\nmax_train_samples: 64\nmax_eval_samples: 64\nuse_cpu: true\n"
         f"max_steps: 50\ndistiller: wttm\ndistiller_kwargs: {{gamma: 0.3}}\nteacher: {image_teacher}\n"
     )
-    start("run_image_kd.py", config, "--max_steps", "2", "--output_dir", tmp_path / "out")
+    flags = ("--max_steps", "2", "--baseline", image_teacher)
+    start("run_image_kd.py", config, *flags, "--output_dir", tmp_path / "out")
     found = results(tmp_path / "out")
     assert {"teacher_eval_accuracy", "teacher_test_accuracy"} <= set(found)
     assert found["epoch"] == 2  # 64 samples are one step an epoch: 2 steps, not 50
-    assert "WTTM(gamma=0.3, beta=1.5)" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "WTTM(gamma=0.3, beta=1.5)" in card
+    assert f"| student alone | {results(image_teacher)['test_accuracy']:.4f} |" in card
+    assert "--max_steps 2" in card  # the command, as it was started
+    assert {path.name for path in (tmp_path / "out" / "figures").iterdir()} == {
+        "confusion_difference.png",
+        "reliability.png",
+        "training_curves.png",
+    }
 
 
 def test_unknown_distiller_lists_the_names(image_teacher, tmp_path):

@@ -11,7 +11,16 @@ from datasets import Dataset
 from transformers import EvalPrediction
 
 from hfkd.data import TaskData
-from hfkd.metrics import compactness, compute_metrics, load_metric, main_metric, separability
+from hfkd.metrics import (
+    agreement,
+    compactness,
+    compute_metrics,
+    expected_calibration_error,
+    load_metric,
+    main_metric,
+    reliability,
+    separability,
+)
 
 
 def confusion(predicted, labels):
@@ -170,3 +179,79 @@ def test_compactness_takes_what_lies_on_an_accelerator():
     labels = torch.tensor([0, 0, 1]).as_subclass(Elsewhere)
     assert compactness(features, labels) == 0.0
     assert separability(features, labels) == 2.0
+
+
+def bins_by_loop(logits, labels, bins):
+    """Confidence, correctness and bin of every sample, one at a time and by the definition of a bin."""
+    found = [[] for _ in range(bins)]
+    for row, label in zip(logits, labels, strict=True):
+        if label == -100:
+            continue
+        powers = [math.exp(value - max(row)) for value in row]
+        confidence = max(powers) / sum(powers)
+        (place,) = (b for b in range(bins) if b / bins < confidence <= (b + 1) / bins)
+        found[place].append((confidence, float(np.argmax(row) == label)))
+    return found
+
+
+@pytest.mark.parametrize("bins", [1, 4, 15])
+def test_calibration_by_loops(bins):
+    rng = np.random.default_rng(1)
+    logits, labels = rng.normal(scale=2, size=(300, 5)), rng.integers(0, 5, 300)
+    labels[::7] = -100
+    expected = bins_by_loop(logits, labels, bins)
+    samples, confidence, accuracy = reliability(logits, labels, bins=bins)
+    assert samples.tolist() == [len(found) for found in expected]
+    means = [
+        [sum(column) / len(column) for column in zip(*found, strict=True)] if found else [0, 0] for found in expected
+    ]
+    np.testing.assert_allclose(np.stack([confidence, accuracy], 1), means, rtol=1e-12, atol=1e-15)
+    total = sum(map(len, expected))
+    error = sum(abs(sum(right - sure for sure, right in found)) for found in expected) / total
+    assert expected_calibration_error(logits, labels, bins=bins) == pytest.approx(error, rel=1e-12)
+
+
+def test_calibration_of_who_knows_and_who_boasts():
+    right, sure = np.array([0, 1, 2]), 50 * np.eye(3)
+    assert expected_calibration_error(sure, right) < 1e-12
+    assert expected_calibration_error(sure, [1, 2, 0]) == pytest.approx(1)
+    # Three samples of four right at 3/4 each: one bin, calibrated; single precision must not lose it.
+    logits = np.tile(np.log(np.array([[0.75, 0.25]])), (4, 1)).astype(np.float32)
+    assert expected_calibration_error(logits, [0, 0, 0, 1]) == pytest.approx(0, abs=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels", "options", "message"),
+    [
+        (np.zeros((3, 1)), np.zeros(3), {}, r"at least 2 classes .* got \(3, 1\) and \(3,\)"),
+        (np.zeros((3, 2)), np.zeros(4), {}, r"got \(3, 2\) and \(4,\)"),
+        (np.full((1, 2), np.nan), [0], {}, "NaN or infinite"),
+        (np.zeros((1, 2)), [-100], {}, "no sample has a label"),
+        (np.zeros((1, 2)), [0], {"bins": 0}, "bins must be positive, got 0"),
+    ],
+)
+def test_calibration_that_cannot_be_measured_is_refused(logits, labels, options, message):
+    with pytest.raises(ValueError, match=message):
+        expected_calibration_error(logits, labels, **options)
+
+
+def test_agreement():
+    rng = np.random.default_rng(2)
+    first, second = rng.normal(size=(2, 50, 4))
+    same = [
+        max(range(4), key=lambda c: a[c]) == max(range(4), key=lambda c: b[c])
+        for a, b in zip(first, second, strict=True)
+    ]
+    assert agreement(first, second) == sum(same) / 50
+    assert agreement(first, 3 * first - 1) == 1
+    numbers = rng.normal(size=(2, 20, 1))
+    assert agreement(*numbers) == pytest.approx(np.corrcoef(numbers[..., 0])[0, 1], rel=1e-12)
+    assert agreement(numbers[0], np.ones((20, 1))) == 0
+
+
+@pytest.mark.parametrize(
+    ("second", "message"), [(np.zeros((2, 3)), r"got \(2, 2\) and \(2, 3\)"), (np.full((2, 2), np.inf), "infinite")]
+)
+def test_agreement_that_cannot_be_measured_is_refused(second, message):
+    with pytest.raises(ValueError, match=message):
+        agreement(np.zeros((2, 2)), second)

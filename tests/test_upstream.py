@@ -28,6 +28,7 @@ OVERRIDDEN = {
     "compute_loss": ["model", "inputs", "return_outputs", "num_items_in_batch"],
     "prediction_step": ["model", "inputs", "prediction_loss_only", "ignore_keys"],
     "evaluation_loop": ["dataloader", "description", "prediction_loss_only", "ignore_keys", "metric_key_prefix"],
+    "evaluate": ["eval_dataset", "ignore_keys", "metric_key_prefix"],
     "log": ["logs", "start_time"],
     "_maybe_log_save_evaluate": None,
     "_save_checkpoint": ["model", "trial"],

@@ -54,6 +54,8 @@ class KD(Distiller):
 
     Raises:
         ValueError: If alpha is outside [0, 1] or the temperature is not positive.
+
+    Source: arXiv 1503.02531; see :func:`kd_loss`.
     """
 
     problem_types = ("single_label", "regression")

@@ -124,7 +124,9 @@ def load_model(
     try:
         if not pretrained:
             config = AutoConfig.from_pretrained(name, **options, **fields)
-            return auto_class.from_config(config, trust_remote_code=trust_remote_code, dtype=config.dtype).eval()
+            model = auto_class.from_config(config, trust_remote_code=trust_remote_code, dtype=config.dtype).eval()
+            model.config._commit_hash = None  # a model card takes weights with one for that commit's
+            return model
         model, info = auto_class.from_pretrained(
             name,
             **options,

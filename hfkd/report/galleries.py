@@ -1,4 +1,4 @@
-"""Pictures that explain: which samples a method made use of. PNG files, readable in print and by the colour-blind."""
+"""Galleries: which samples a method made use of."""
 
 from __future__ import annotations
 
@@ -14,15 +14,14 @@ import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from hfkd.data.task_data import UNLABELLED, is_text
 from hfkd.memory import MISSING, Neighbours
+from hfkd.report.plots import BLUE, ORANGE, new_figure, save
 
 
-# Colour and line style say the same (Okabe and Ito's colours).
-QUERY, SAME, OTHER = ("black", "-"), ("#0072B2", "-"), ("#D55E00", (0, (3, 2)))
+# Colour and line style say the same.
+QUERY, SAME, OTHER = ("black", "-"), (BLUE, "-"), (ORANGE, (0, (3, 2)))
 _WIDE = 34  # characters of a line of text
 _LINES = 6
 
@@ -106,8 +105,7 @@ def draw_rows(rows: Sequence[Sequence[Sample | None]], headings: Sequence[tuple[
         (2.0, 0.85) if any(s and isinstance(s.content, list) for row in rows for s in row) else (0.95, 1.15)
     )
     columns = len(rows[0])
-    figure = Figure(figsize=(width * columns + 0.2, height * len(rows) + 0.5), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(width * columns + 0.2, height * len(rows) + 0.5)
     grid = figure.subplots(len(rows), columns, squeeze=False)
     for axes, sample in zip(grid.flat, (sample for row in rows for sample in row), strict=True):
         axes.set_axis_off()
@@ -118,10 +116,7 @@ def draw_rows(rows: Sequence[Sequence[Sample | None]], headings: Sequence[tuple[
         grid[0, column].annotate(
             heading, (0, 1), (0, 18), xycoords="axes fraction", textcoords="offset points", fontsize=8, weight="bold"
         )
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png")
-    return path
+    return save(figure, path)
 
 
 def neighbour_gallery(
