@@ -79,8 +79,10 @@ class FiniteLosses:
             has_index = len(batch.get("index", ())) == len(rows)  # features may have other rows than samples
             which = batch["index"][rows] if has_index else rows.nonzero().squeeze(1)
             some = ", ".join(map(str, which[:8].tolist())) + (", …" if len(which) > 8 else "")
-            found = f"{name}: {what} for {len(which)} of {len(rows)}"
-            lines.append(f"{found} samples (index {some})" if has_index else f"{found} rows (number {some})")
+            if has_index:
+                lines.append(f"{name}: {what} for {len(which)} of {len(rows)} samples (index {some})")
+            else:
+                lines.append(f"{name}: {what} for {len(which)} of {len(rows)} rows (number {some})")
         if any(line.startswith("the teacher") for line in lines):
             remedy = 'look at these samples and at the teacher (in half precision: teacher_dtype="float32")'
         elif any(line.startswith("the student") for line in lines):
