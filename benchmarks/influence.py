@@ -294,8 +294,8 @@ def memory_of_refreshes(kind: str, batch: int, evaluation_batch: int, rounds: in
     peaks = {name: [run["peak"] for run in runs] for name, runs in found.items()}
     grown = {name: [run["peak"] - run["base"] for run in runs] for name, runs in found.items()}
     return {
-        f"{what}, refresh ({name}) / none, {where}": ratio(sizes[name], sizes["none"], target)
-        for what, sizes, target in (("peak memory of a run", peaks, MEMORY), ("its growth in training", grown, None))
+        f"{what}, refresh ({name}) / none, {where}": ratio(sizes[name], sizes["none"], MEMORY)
+        for what, sizes in {"peak memory of a run": peaks, "its growth in training": grown}.items()
         for name in REFRESHES
     }
 

@@ -1,4 +1,4 @@
-"""How the benchmarks measure: rounds of everybody in random order, ratios within a round, medians and quartiles."""
+"""How the benchmarks measure: rounds of everybody in random order, ratios within a round, medians and spread."""
 
 import json
 import os
@@ -30,8 +30,13 @@ def interleave(cases: Mapping[str, Callable[[], float]], rounds: int) -> dict[st
 
 
 def summary(values: Sequence[float], target: str | None = None) -> dict:
-    """Median and quartiles of what the rounds gave, beside what they should be (``"<= 1.05"``), if anything."""
-    low, value, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [*values] * 3
+    """Median of what the rounds gave, their quartiles or, of fewer than 7, their range, and what they should be.
+
+    A target is such as ``"<= 1.05"``.
+    """
+    low, value, high = min(values), statistics.median(values), max(values)
+    if len(values) >= 7:
+        low, _, high = statistics.quantiles(values, n=4, method="inclusive")
     return {"value": value, "low": low, "high": high, "target": target, "runs": len(values)}
 
 
@@ -40,12 +45,14 @@ def ratio(one: Sequence[float], other: Sequence[float], target: str | None = Non
     return summary([a / b for a, b in zip(one, other, strict=True)], target)
 
 
-def misses(record: Mapping) -> bool:
-    """Whether a target is missed: by the whole interval."""
+def verdict(record: Mapping) -> str:
+    """Whether a target is met or missed: by the whole interval, else it is undecided. Nothing where there is none."""
     if record["target"] is None:
-        return False
+        return ""
     sign, bound = record["target"].split()
-    return record["low"] > float(bound) if sign == "<=" else record["high"] < float(bound)
+    good, bad = (record["high"], record["low"]) if sign == "<=" else (-record["low"], -record["high"])
+    bound = float(bound) if sign == "<=" else -float(bound)
+    return "met" if good <= bound else "missed" if bad > bound else "undecided"
 
 
 def synchronize() -> None:
@@ -117,11 +124,10 @@ def machine() -> str:
 
 def table(ratios: Mapping[str, Mapping]) -> str:
     """The ratios as a table of the docs."""
-    lines = ["| ratio | target | median (quartiles) | rounds | |", "|---|---|---|---|---|"]
+    lines = ["| ratio | target | median (spread) | rounds | |", "|---|---|---|---|---|"]
     for name, record in ratios.items():
         value = "{value:.3g} ({low:.3g}–{high:.3g})".format(**record)
-        verdict = "missed" if misses(record) else ""
-        lines.append(f"| {name} | {record['target'] or ''} | {value} | {record['runs']} | {verdict} |")
+        lines.append(f"| {name} | {record['target'] or ''} | {value} | {record['runs']} | {verdict(record)} |")
     return "\n".join(lines)
 
 

@@ -50,18 +50,18 @@ def measured(what: str, size: int, queries: int) -> dict:
     torch.set_num_threads(1)
     with measure.PeakMemory() as memory:
         rows = rows_of(size)
-        start = time.process_time()
+        start = time.thread_time()  # without the watch's own, which runs all the time
         if what == "bank":
             MemoryBank(size, CLASSES, 8, 64).fill(rows)
-            seconds = [time.process_time() - start]
+            seconds = [time.thread_time() - start]
         else:
             # Twice, with many queries and with half of them: the difference is what queries cost.
             seconds = []
             for number in (queries // 2, queries):
                 places = torch.arange(number) * (size // number)
-                start = time.process_time()
+                start = time.thread_time()
                 found = find_neighbours(rows["features"], rows["labels"], rows=places, index=what)
-                seconds.append(time.process_time() - start)
+                seconds.append(time.thread_time() - start)
     result = {"seconds": seconds, "bytes": memory.peak - memory.start}
     if what == "faiss":
         exact = find_neighbours(rows["features"], rows["labels"], rows=places[:100])

@@ -4,7 +4,8 @@
     python benchmarks/run.py --quick --output outputs/bench.json  # under 3 minutes, and only shows that it runs
 
 All sides of a ratio run in turn, in random order, a few rounds long; a ratio is taken in each round, and the table has
-the median with the quartiles. A target is missed when the whole interval is on its wrong side. Everybody computes in
+the median with the quartiles (of fewer than 7 rounds the range). A target is met or missed when the whole interval is
+on one side. Everybody computes in
 float32 with as many threads as there are cores; ``--bf16`` and ``--torch_compile`` are given to hfkd's trainer alone.
 An epoch is the loop from its first batch to its last step, without making trainers and saving.
 
@@ -32,7 +33,7 @@ import numpy as np
 import opponents
 import torch
 from cases import DATA, TEXT, Epochs, FixedBatches, image_models, image_set, images, text_models_and_data
-from measure import interleave, machine, misses, ratio, run_script, seconds_of, summary, table, write
+from measure import interleave, machine, ratio, run_script, seconds_of, summary, table, verdict, write
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from transformers.utils import logging
@@ -130,20 +131,24 @@ class Benchmark:
 
     def measure_text(self) -> None:
         """Epochs of MiniLM's layers."""
+        found = None
         with self._unless_missing(TEXT):
-            teacher, student, train, tokenizer = text_models_and_data(self.size.sentences)
-            collator = DistillationCollator(tokenizer)
-            sides = {}
-            with self._unless_missing("TextBrewer"):
-                columns = train.remove_columns("index")
-                loader = DataLoader(columns, 32, shuffle=True, collate_fn=collator)
-                theirs = opponents.textbrewer_distiller(copy.deepcopy(teacher), copy.deepcopy(student), loader)
-                sides["TextBrewer"] = lambda: seconds_of(theirs)
-            options = {"batch_size": 32, "tokenizer": tokenizer}
-            self._epochs(TEXT, sides, teacher, student, lambda views: train, self.size.slow_rounds, **options)
-            for side in sides:
-                for ours, factor in {"online": 1.3, "cached": 2}.items():
-                    self._against(f"epoch against {side}, {TEXT} on MRPC, {ours}", side, ours, f">= {factor}")
+            found = text_models_and_data(self.size.sentences)
+        if found is None:
+            return
+        teacher, student, train, tokenizer = found
+        collator = DistillationCollator(tokenizer)
+        sides = {}
+        with self._unless_missing("TextBrewer"):
+            columns = train.remove_columns("index")
+            loader = DataLoader(columns, 32, shuffle=True, collate_fn=collator)
+            theirs = opponents.textbrewer_distiller(copy.deepcopy(teacher), copy.deepcopy(student), loader)
+            sides["TextBrewer"] = lambda: seconds_of(theirs)
+        options = {"batch_size": 32, "tokenizer": tokenizer}
+        self._epochs(TEXT, sides, teacher, student, lambda views: train, self.size.slow_rounds, **options)
+        for side in sides:
+            for ours, factor in {"online": 1.3, "cached": 2}.items():
+                self._against(f"epoch against {side}, {TEXT} on MRPC, {ours}", side, ours, f">= {factor}")
 
     def _epochs(self, pair, sides, teacher, student, data, rounds, **options) -> None:
         """Time an epoch of every side, of the student alone, and of ours online and from a full cache."""
@@ -220,12 +225,13 @@ class Benchmark:
         image_models(RESNET)[0].save_pretrained(teacher)
         words = [str(self.size.images), str(self.folder / "memory"), str(teacher), str(cache)]
         run_script(HERE / "memory.py", "fill", *words)
-        peaks = {
-            side: [float(run_script(HERE / "memory.py", side, *words)) for _ in range(self.size.slow_rounds)]
+        found = {
+            side: [json.loads(run_script(HERE / "memory.py", side, *words)) for _ in range(self.size.slow_rounds)]
             for side in ("cached", "alone")
         }
-        name = "peak memory, full cache / student-only training"
-        self.ratios[name] = ratio(peaks["cached"], peaks["alone"], "<= 1.05")
+        for what, number in {"peak memory": "peak", "what training adds to memory": "added"}.items():
+            sides = [[run[number] for run in found[side]] for side in ("cached", "alone")]
+            self.ratios[f"{what}, full cache / student-only training"] = ratio(*sides, "<= 1.05")
 
     def measure_logging(self) -> None:
         """Ten terms, logged every tenth step and not at all."""
@@ -310,7 +316,7 @@ def draw(ratios: dict, path: Path) -> None:
         # The same side is good for all: how many times the target a cost is, or a speed-up falls short of it.
         low, value, high = parts if sign == "<=" else [1 / part for part in reversed(parts)]
         axes.plot([low, high], [row, row], color="#0072B2", linewidth=3, solid_capstyle="butt")
-        axes.plot(value, row, "o" if not misses(record) else "X", color="black")
+        axes.plot(value, row, "X" if verdict(record) == "missed" else "o", color="black")
     axes.set(xscale="log", xlabel="cost over target (left of 1: met)", xlim=(0.01, None))
     ticks = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2)
     axes.set_xticks(ticks, map(str, ticks))
@@ -348,7 +354,8 @@ def main(words: list[str] | None = None) -> dict:
             record = write(args.output, command=command, load=load, seconds=seconds, **found)  # nothing is lost
     draw(benchmark.ratios, args.output.with_suffix(".png"))
     print(
-        f"{machine()}, load {min(load):.1f} to {max(load):.1f}, {record['seconds']:.0f} s\n\n{table(benchmark.ratios)}"
+        f"{command}: {machine()}, load {min(load):.1f} to {max(load):.1f}, {record['seconds']:.0f} s\n\n"
+        f"{table(benchmark.ratios)}"
     )
     for what, why in benchmark.skipped.items():
         print(f"left out: {what}: {why}")

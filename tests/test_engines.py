@@ -16,7 +16,7 @@ from filelock import FileLock
 from helpers import assert_identical, largest_difference
 from transformers import AutoModelForImageClassification
 
-from hfkd.trainer import DISTILLER_NAME
+from hfkd.saving import DISTILLER_NAME
 
 
 # Scenarios by launch; for the nodes four processes, two on each.

@@ -25,7 +25,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 import hfkd.distillers.kd_aif
 import hfkd.memory
-import hfkd.trainer
+import hfkd.saving
 from hfkd.checkpoints import (
     FILES_NAME,
     UNFINISHED_NAME,
@@ -143,12 +143,12 @@ def killed_in(owner, name, turn, *, after=False):
 
 
 SAVING = [
-    (hfkd.trainer, "start_checkpoint", 2, True),
-    (hfkd.trainer.Trainer, "_save", 2, True),
-    (hfkd.trainer.Trainer, "_save_optimizer_and_scheduler", 1, False),
-    (hfkd.trainer.safetensors.torch, "save_file", 2, True),
-    (hfkd.trainer, "list_files", 1, False),
-    (hfkd.trainer, "list_files", 2, True),
+    (hfkd.saving, "start_checkpoint", 2, True),
+    (hfkd.saving.Trainer, "_save", 2, True),
+    (hfkd.saving.Trainer, "_save_optimizer_and_scheduler", 1, False),
+    (hfkd.saving.safetensors.torch, "save_file", 2, True),
+    (hfkd.saving, "list_files", 1, False),
+    (hfkd.saving, "list_files", 2, True),
     (transformers.trainer, "rotate_checkpoints", 1, False),
     (transformers.trainer, "rotate_checkpoints", 1, True),
 ]
@@ -307,7 +307,7 @@ def test_sigterm_while_a_checkpoint_is_written_writes_it_once(tmp_path, monkeypa
 
     started = []
     monkeypatch.setattr(
-        hfkd.trainer, "start_checkpoint", lambda folder: [started.append(folder.name), start_checkpoint(folder)]
+        hfkd.saving, "start_checkpoint", lambda folder: [started.append(folder.name), start_checkpoint(folder)]
     )
     trainer = everything(tmp_path)
     trainer.add_callback(Late())
@@ -494,9 +494,9 @@ def test_a_full_disk_is_named_and_the_checkpoint_before_is_whole(small_disk, sav
 @pytest.mark.parametrize(
     ("owner", "name", "error"),
     [
-        (hfkd.trainer.safetensors.torch, "save_file", OSError(errno.ENOSPC, "No space left on device")),
+        (hfkd.saving.safetensors.torch, "save_file", OSError(errno.ENOSPC, "No space left on device")),
         (torch, "save", RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")),
-        (hfkd.trainer, "list_files", PermissionError(errno.EACCES, "Permission denied")),
+        (hfkd.saving, "list_files", PermissionError(errno.EACCES, "Permission denied")),
     ],
 )
 def test_what_fails_in_saving_is_named_and_the_checkpoint_before_is_whole(tmp_path, monkeypatch, owner, name, error):

@@ -26,7 +26,7 @@ from hfkd.distillers import AEKT, KD, Combined, StandardizedLogits, StudentAlone
 from hfkd.distillers.aekt import fold
 from hfkd.features import base_model, find_module, head_path, run_model
 from hfkd.models import MODEL_NAMES, CifarConfig, CifarForImageClassification
-from hfkd.trainer import DISTILLER_NAME
+from hfkd.saving import DISTILLER_NAME
 
 
 IN_PEFT = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")

@@ -28,7 +28,7 @@ from hfkd.data.images import load_image_data
 from hfkd.distillers import KD, KDAIF, Combined, InContextKD, ModelOutputs
 from hfkd.models import load_model
 from hfkd.report import influence_gallery
-from hfkd.trainer import BATCH_NAME, DISTILLER_NAME
+from hfkd.saving import BATCH_NAME, DISTILLER_NAME
 
 
 EXAMPLES = int(os.environ.get("HFKD_FUZZ", 300))

@@ -21,7 +21,7 @@ from helpers import (
 
 from hfkd.checkpoints import FILES_NAME
 from hfkd.distillers import KD, Combined
-from hfkd.trainer import DISTILLER_NAME, load_weights
+from hfkd.saving import DISTILLER_NAME, load_weights
 
 
 def learning(tmp_path, family, distiller, teacher, *, accumulation=1, **arguments):

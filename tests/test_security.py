@@ -26,7 +26,7 @@ from hfkd.data import load_text_data
 from hfkd.data.processors import processor_for
 from hfkd.distillers import KD
 from hfkd.models import load_model, load_teacher
-from hfkd.trainer import DISTILLER_NAME
+from hfkd.saving import DISTILLER_NAME
 
 
 ROOT = Path(__file__).resolve().parents[1]

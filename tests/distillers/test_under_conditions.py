@@ -31,7 +31,7 @@ from transformers import TrainerCallback
 
 from hfkd.distillers import KD, HiddenStates
 from hfkd.features import base_model, run_model
-from hfkd.trainer import DISTILLER_NAME
+from hfkd.saving import DISTILLER_NAME
 
 
 def methods(wanted=lambda distiller: True):
