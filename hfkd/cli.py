@@ -177,7 +177,7 @@ def read_table(path: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"no file {path.resolve()}: correct the first argument, which names a file of flags")
     try:
-        table = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506, a SafeLoader; JSON is YAML
+        table = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no text in UTF-8 ({error.reason}): save it as such") from error
     except yaml.MarkedYAMLError as error:

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import warnings
-from contextlib import contextmanager
 from pathlib import Path
 
 import safetensors.torch
@@ -228,8 +227,6 @@ class SavingTrainer(Trainer):
             super()._load_best_model()
         if not self.args.save_only_model:
             self._load_distiller(self.state.best_model_checkpoint)
-
-    @contextmanager
 
     # The Hub
 

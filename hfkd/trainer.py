@@ -8,7 +8,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -655,6 +655,7 @@ class DistillationTrainer(SavingTrainer):
             self._module.compile_terms(**self._compile_options())
         return self.accelerator.prepare(model if wrapped_before else self._module)
 
+    @contextmanager
     def _module_as_model(self) -> Iterator[None]:
         """While open, what transformers takes for the model under FSDP is all that trains, as FSDP shards that."""
         student = self.model
