@@ -30,7 +30,6 @@ from hfkd.trainer import DISTILLER_NAME
 
 
 ROOT = Path(__file__).resolve().parents[1]
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
 # The code itself
 
