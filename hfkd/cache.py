@@ -266,9 +266,7 @@ class TeacherCache:
             width, dtype = (classes, identity["dtype"]) if self.top is None else (1, self.top.fields)
             self.logits = _Rows(self.folder / "logits", rows, width, dtype)
             self.features = {
-                layer: _Rows(
-                    self.folder / f"features.{quote(layer.replace(':', '.'), safe='')}", rows, width, identity["dtype"]
-                )
+                layer: _Rows(self.folder / f"features.{quote(layer, safe='')}", rows, width, identity["dtype"])
                 for layer, width in (features or {}).items()
             }
         self.hits = self.misses = 0

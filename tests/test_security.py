@@ -342,10 +342,10 @@ def test_a_caches_files_are_plain_files(tmp_path, name, kind):
 
 
 def test_a_layers_name_is_no_path(tmp_path):
-    layers = ["../../x", "/etc/x", "a/b:input", "layer.0:input"]
+    layers = ["../../x", "/etc/x", "a/b:input", "layer.0:input", "layer.0.input"]
     cache(tmp_path / "cache", features=dict.fromkeys(layers, 2))
     assert {path.name for path in tmp_path.iterdir()} == {"cache"}
-    assert (tmp_path / "cache" / "features.layer.0.input").is_file()
+    assert (tmp_path / "cache" / "features.layer.0%3Ainput").is_file()
     assert len(list((tmp_path / "cache").glob("features.*"))) == 2 * len(layers)
 
 
