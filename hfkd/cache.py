@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -281,7 +282,11 @@ class TeacherCache:
     @property
     def bytes(self) -> int:
         """What it takes on the disk."""
-        return sum(path.stat().st_blocks * 512 for path in self.folder.iterdir())
+        total = 0
+        for path in self.folder.iterdir():
+            with contextlib.suppress(FileNotFoundError):  # a manifest.json.part that another run has just renamed
+                total += path.stat().st_blocks * 512
+        return total
 
     def missing(self, view: int) -> np.ndarray:
         """The ``index`` of the samples that have no answer in a view."""

@@ -836,6 +836,13 @@ def test_figures_are_what_was_measured(tmp_path, monkeypatch):
     assert "break_even_epochs" not in cache.figures(1, 0, 0.0, 2.5)  # reading takes longer than asking
 
 
+def test_a_file_that_another_run_renames_meanwhile_takes_no_bytes(tmp_path):
+    cache = formula_cache(tmp_path / "cache")
+    there = cache.bytes
+    (tmp_path / "cache" / "manifest.json.part").symlink_to("gone")  # listed, and then not there
+    assert cache.bytes == there > 0
+
+
 def test_training_says_what_its_cache_cost(tmp_path):
     runs = [cached(tmp_path, max_steps=4) for _ in range(2)]
     first, second = (run.train().metrics for run in runs)
