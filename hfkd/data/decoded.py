@@ -35,7 +35,8 @@ def kept_pixels(encoded: Iterable[bytes], decode: Callable[[], np.ndarray | None
             return pixels
     pixels = decode()
     if pixels is not None:
-        with contextlib.suppress(OSError):  # a full or unwritable disk costs the next run its time, and nothing else
+        # A full or unwritable disk costs the next run its time, and nothing else.
+        with contextlib.suppress(OSError, SafetensorError):
             path.parent.mkdir(parents=True, exist_ok=True)
             part = path.with_suffix(f".{os.getpid()}")
             save_file({"pixels": pixels}, part, metadata={"digest": _digest(pixels)})

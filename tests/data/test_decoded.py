@@ -59,6 +59,16 @@ def test_what_cannot_be_written_is_decoded_each_time(root):
     assert kept_pixels([b"one"], lambda: PIXELS) is PIXELS
 
 
+def test_a_full_disk_costs_nothing_else(small_disk, monkeypatch):
+    folder = small_disk(64)
+    monkeypatch.setenv("HFKD_CACHE", str(folder))
+    many = np.zeros((100, 3, 32, 32), np.uint8)
+    assert kept_pixels([b"one"], lambda: many) is many
+    assert not [path for path in (folder / "pixels").iterdir() if path.suffix == ".safetensors"]
+    assert kept_pixels([b"two"], lambda: PIXELS) is PIXELS
+    np.testing.assert_array_equal(kept_pixels([b"two"], never), PIXELS)  # what the first one wrote is gone
+
+
 def test_images_of_different_sizes_are_not_kept(root):
     assert kept_pixels([b"one"], lambda: None) is None
     assert not root.exists()
