@@ -87,6 +87,15 @@ def test_a_data_set_is_the_same_from_the_file(make_split, processor, root, monke
         ImageDataset(split.select([3, 2, 1, 0]), processor)
 
 
+def test_another_mode_of_the_column_decodes_again(make_split, processor, monkeypatch):
+    monkeypatch.setattr(image_dataset, "_MANY", 2)
+    split = make_split([(32, 32, 3), (32, 32, 3)])
+    colour = ImageDataset(split, processor).pixels
+    grey = ImageDataset(split.cast_column("image", datasets.Image(mode="L")), processor).pixels
+    assert (colour.shape[1], grey.shape[1]) == (3, 1)
+    np.testing.assert_array_equal(ImageDataset(split, processor).pixels, colour)
+
+
 def test_files_may_change_and_are_not_kept(processor, root, tmp_path, monkeypatch):
     monkeypatch.setattr(image_dataset, "_MANY", 2)
     paths = [str(tmp_path / f"{i}.png") for i in range(2)]

@@ -588,6 +588,13 @@ def test_preprocessing_names_what_changes_the_images(make_split, processor):
     assert ImageDataset(split, processor, augment="flip").without_augmentation().preprocessing == described[0]
 
 
+def test_large_images_in_another_mode_are_others(make_split, processor):
+    split = make_split([(96, 96, 3)] * 2)
+    splits = [split.cast_column("image", datasets.Image(mode=mode)) for mode in (None, None, "L")]
+    one, same, grey = (ImageDataset(one, processor).raw_bytes(np.arange(2)) for one in splits)
+    assert one == same != grey
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
