@@ -207,6 +207,8 @@ class ImageDataset(Dataset):
         seen = self.views.get("teacher_pixel_values", self.views["pixel_values"]).probe
         crop = self.resized_crop.size if self.pixels is None else None
         names = {"augment": self.augment, "rand_augment": self._rand_augment_spec, "crop": crop}
+        if self._rand_augment_spec is not None:
+            names["fill"] = self.views["pixel_values"].mean_colour  # the student's, in the teacher's images too
         probe = (seen * 1000).round().to(torch.int32).numpy()
         return {
             **{name: None if value is None else str(value) for name, value in names.items()},
