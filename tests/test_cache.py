@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import datasets
 import numpy as np
@@ -184,10 +185,12 @@ def test_another_cache_is_refused_with_the_difference_named(tmp_path, change):
 
 
 def test_another_order_of_classes_is_another_cache(tmp_path):
-    def run(order):
+    """The student's, or the teacher's alone."""
+
+    def run(order, of_teacher=NAMES):
         student, teacher = tiny("bert"), tiny_teacher("bert")
         student.config.id2label = {i: NAMES[c] for i, c in enumerate(order)}
-        teacher.config.id2label = dict(enumerate(NAMES))
+        teacher.config.id2label = dict(enumerate(of_teacher))
         folder = str(tmp_path / "mine")
         return make_trainer(tmp_path / "run", student, teacher, KD(), rows("bert"), teacher_cache=folder, max_steps=2)
 
@@ -195,6 +198,20 @@ def test_another_order_of_classes_is_another_cache(tmp_path):
     first.train()
     with pytest.raises(ValueError, match="another one: classes is .'cat', 'dog'.* there and .'fox', 'cat'.* here"):
         run([3, 0, 4, 1, 2])
+    with pytest.raises(ValueError, match=r"another one: order of classes is .None. there and ..4, 3, 2, 1, 0.. here"):
+        run(range(5), NAMES[::-1])
+
+
+def test_another_mean_of_the_same_teachers_is_another_cache(tmp_path):
+    def run(**options):
+        teachers = TeacherEnsemble([tiny_teacher("bert"), tiny_teacher("bert", seed=3)], **options)
+        return cached(tmp_path, teacher=teachers, teacher_cache=str(tmp_path / "mine"))
+
+    run()
+    with pytest.raises(ValueError, match="another one: ensemble is .'probabilities', 4.0. there and .*, 2.0. here"):
+        run(temperature=2.0)
+    with pytest.raises(ValueError, match="another one: ensemble is .'probabilities', 4.0. there and .'logits'"):
+        run(average="logits")
 
 
 def test_a_saved_and_loaded_teacher_is_the_same(tmp_path):
@@ -323,6 +340,18 @@ def test_what_the_teacher_says_about_an_evaluation_set_is_kept_too(tmp_path):
     assert evaluated(tmp_path, turned, teacher_cache_top_k=2) == ({"accuracy": 1.0}, 2)
 
 
+def test_an_evaluation_set_under_another_processor_is_another(tmp_path):
+    sets = [images(pictures=3, mean=mean) for mean in (0.5, 0.1, 0.5)]
+    assert [evaluated(tmp_path, one, "cifar", dataset=images())[1] for one in sets] == [1, 1, 0]
+
+
+def test_answers_to_an_evaluation_set_in_another_order_are_not_kept(tmp_path):
+    """The sampler sorts by length, and by row they would be another sample's."""
+    dataset = rows("bert", 16, seed=4)
+    scores = [evaluated(tmp_path, dataset, train_sampling_strategy=by) for by in ("group_by_length", "random")]
+    assert scores == [(scores[0][0], 2), (scores[0][0], 2)]
+
+
 def test_a_damaged_evaluation_is_asked_again(tmp_path):
     dataset = hub_rows().remove_columns("index")
     score, calls = evaluated(tmp_path, dataset)
@@ -374,12 +403,12 @@ def test_influence_is_what_it_is_without_the_cache(tmp_path, layers):
 # Views
 
 
-def images(n=8, *, pictures=0, **options):
+def images(n=8, *, pictures=0, mean=0.5, **options):
     """Images of 32 x 32 with scattered numbers."""
     generator = np.random.default_rng(pictures)
     drawn = [Image.fromarray(generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(n)]
     columns = {"image": drawn, "label": [i % NUM_LABELS for i in range(n)], "index": [7 * i + 3 for i in range(n)]}
-    processor = ViTImageProcessor(size={"height": 32, "width": 32})
+    processor = ViTImageProcessor(size={"height": 32, "width": 32}, image_mean=[mean] * 3)
     return ImageDataset(datasets.Dataset.from_dict(columns), processor, **options)
 
 
@@ -834,6 +863,20 @@ def test_figures_are_what_was_measured(tmp_path, monkeypatch):
         "break_even_epochs": 12.0 / (4 * (2.0 - 0.5)),
     }
     assert "break_even_epochs" not in cache.figures(1, 0, 0.0, 2.5)  # reading takes longer than asking
+
+
+def test_runs_that_note_at_once_lose_nothing(tmp_path, monkeypatch):
+    cache, read = formula_cache(tmp_path / "cache"), TeacherCache._manifest
+
+    def slowly(self):
+        manifest = read(self)
+        time.sleep(0.01)
+        return manifest
+
+    monkeypatch.setattr(TeacherCache, "_manifest", slowly)
+    with ThreadPoolExecutor(4) as runs:
+        list(runs.map(lambda _: cache.note_asked(3, 0.5), range(8)))
+    assert read(cache)["asked"] == {"answers": 24, "seconds": 4.0}
 
 
 def test_a_file_that_another_run_renames_meanwhile_takes_no_bytes(tmp_path):
