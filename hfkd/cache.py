@@ -527,6 +527,7 @@ def describe(
     top_k: int | None = None,
     label_names: Sequence[str] | None,
     label_orders: Sequence[Sequence[int] | None],
+    collated: Sequence[Tensor] = (),
 ) -> tuple[np.ndarray, dict]:
     """What a teacher's answers depend on, and the ``index`` of the samples.
 
@@ -541,6 +542,7 @@ def describe(
         top_k: How many logits of a sample are kept; None is all.
         label_names: The student's classes in order, None where they have no names.
         label_orders: For each member the index of each of the student's classes; None where the orders agree.
+        collated: What the teacher reads of a few samples, where a collator of one's own makes it of their columns.
 
     Raises:
         ValueError: If the data set gives other inputs each time.
@@ -551,11 +553,15 @@ def describe(
     for start in range(0, len(order), _CHUNK):
         rows = order[start : start + _CHUNK]
         inputs.update(index[rows].tobytes() + read(rows))
+    preprocessing = _preprocessing(dataset)
+    if collated:
+        probe = _digest(b"".join(part for tensor in collated for part in _raw(tensor)))
+        preprocessing = {**(preprocessing or {}), "collator": probe}
     identity = {
         "teacher": [_digest_of_model(member) for member in members_of(teacher)],
         "ensemble": [teacher.average, teacher.temperature] if isinstance(teacher, TeacherEnsemble) else None,
         "inputs": inputs.hexdigest(),
-        "preprocessing": _preprocessing(dataset),
+        "preprocessing": preprocessing,
         "precision": precision,
         "dtype": dtype,
         "top_k": top_k,

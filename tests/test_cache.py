@@ -1,6 +1,7 @@
 """The teacher's cache: what it gives is what the teacher says, whatever happens to it."""
 
 import functools
+import itertools
 import json
 import multiprocessing
 import os
@@ -16,6 +17,7 @@ from helpers import (
     NUM_LABELS,
     Mutual,
     Rows,
+    as_datasets,
     assert_identical,
     largest_difference,
     logged,
@@ -23,16 +25,17 @@ from helpers import (
     rows,
     tiny,
     tiny_teacher,
+    tokenizer,
     weights,
 )
 from PIL import Image
 from torch.utils.data import IterableDataset, Subset
-from transformers import ViTImageProcessor
+from transformers import DataCollatorWithPadding, ViTImageProcessor
 
 from hfkd import DistillationTrainingArguments, TeacherEnsemble
 from hfkd.cache import MANIFEST, TeacherCache
 from hfkd.checks import check_cache
-from hfkd.data import ImageDataset
+from hfkd.data import DistillationCollator, ImageDataset
 from hfkd.distillers import AT, CRD, KD, KDAIF, PKT, TTM, Combined, InContextKD, ModelOutputs, SelfDistillation
 
 
@@ -268,6 +271,66 @@ def duplicated():
 def test_what_cannot_be_kept_is_refused(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         cached(tmp_path, **options)
+
+
+PLAIN = DistillationCollator()
+
+
+def with_pixels(change):
+    """A collator that does something to the images of a batch."""
+
+    def collate(features):
+        batch = PLAIN(features)
+        return {**batch, "pixel_values": change(batch["pixel_values"])}
+
+    return collate
+
+
+@pytest.mark.parametrize("start", range(3))
+def test_a_collator_that_augments_is_refused(tmp_path, start):
+    """Also one that leaves most batches as they are."""
+    turns = itertools.count(start)
+    now_and_then = with_pixels(lambda pixels: pixels.flip(-1) if next(turns) % 3 == 0 else pixels)
+    for collate in (with_pixels(lambda pixels: pixels + torch.rand(())), now_and_then):
+        with pytest.raises(ValueError, match="makes other pixel_values of the same samples each time, .*views=V"):
+            cached(tmp_path, "cifar", trainer={"data_collator": collate})
+
+
+def test_a_collator_that_tokenises_is_refused(tmp_path):
+    """The texts are none of the columns that the teacher reads, so that other texts would get these answers."""
+    words = tokenizer()
+
+    def collate(features):
+        texts = words([feature["text"] for feature in features], padding=True, return_tensors="pt")
+        return {**texts, **{name: torch.tensor([row[name] for row in features]) for name in ("labels", "index")}}
+
+    dataset = datasets.Dataset.from_dict(
+        {"text": [str(2 + i) for i in range(16)], "labels": [i % 5 for i in range(16)], "index": list(range(16))}
+    )
+    with pytest.raises(ValueError, match="reads attention_mask, which the data collator makes .*: store it there"):
+        cached(tmp_path, dataset=dataset, remove_unused_columns=False, trainer={"data_collator": collate})
+
+
+def test_what_a_collator_does_to_the_images_makes_another_cache(tmp_path):
+    dataset = rows("cifar")
+    shuffled = as_datasets(dataset).with_format("torch").shuffle(seed=2)
+
+    def folder(factor, dataset=dataset):
+        collate = with_pixels(lambda pixels: pixels * factor)
+        return cached(tmp_path, "cifar", dataset=dataset, trainer={"data_collator": collate}).cache.folder
+
+    plain = cached(tmp_path, "cifar", dataset=dataset).cache.folder
+    assert len({plain, folder(2.0), folder(3.0)}) == 3
+    assert folder(2.0) == folder(2.0)
+    assert folder(2.0, shuffled) == folder(2.0, as_datasets(dataset).with_format("torch"))
+
+
+def test_a_collator_that_pads_alone_is_taken(tmp_path):
+    padding = {"data_collator": DataCollatorWithPadding(tokenizer())}
+    runs = [cached(tmp_path, dataset=hub_rows(), max_steps=2, trainer=padding) for _ in range(2)]
+    for run in runs:
+        run.train()
+    assert [counts(run) for run in runs] == [(0, 16), (16, 0)]
 
 
 def test_a_made_teacher_is_refused(tmp_path):
