@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -266,9 +267,7 @@ class TeacherCache:
             width, dtype = (classes, identity["dtype"]) if self.top is None else (1, self.top.fields)
             self.logits = _Rows(self.folder / "logits", rows, width, dtype)
             self.features = {
-                layer: _Rows(
-                    self.folder / f"features.{quote(layer.replace(':', '.'), safe='')}", rows, width, identity["dtype"]
-                )
+                layer: _Rows(self.folder / f"features.{quote(layer, safe='')}", rows, width, identity["dtype"])
                 for layer, width in (features or {}).items()
             }
         self.hits = self.misses = 0
@@ -283,7 +282,11 @@ class TeacherCache:
     @property
     def bytes(self) -> int:
         """What it takes on the disk."""
-        return sum(path.stat().st_blocks * 512 for path in self.folder.iterdir())
+        total = 0
+        for path in self.folder.iterdir():
+            with contextlib.suppress(FileNotFoundError):  # a manifest.json.part that another run has just renamed
+                total += path.stat().st_blocks * 512
+        return total
 
     def missing(self, view: int) -> np.ndarray:
         """The ``index`` of the samples that have no answer in a view."""
@@ -525,6 +528,7 @@ def describe(
     top_k: int | None = None,
     label_names: Sequence[str] | None,
     label_orders: Sequence[Sequence[int] | None],
+    collated: Sequence[Tensor] = (),
 ) -> tuple[np.ndarray, dict]:
     """What a teacher's answers depend on, and the ``index`` of the samples.
 
@@ -539,6 +543,7 @@ def describe(
         top_k: How many logits of a sample are kept; None is all.
         label_names: The student's classes in order, None where they have no names.
         label_orders: For each member the index of each of the student's classes; None where the orders agree.
+        collated: What the teacher reads of a few samples, where a collator of one's own makes it of their columns.
 
     Raises:
         ValueError: If the data set gives other inputs each time.
@@ -549,11 +554,15 @@ def describe(
     for start in range(0, len(order), _CHUNK):
         rows = order[start : start + _CHUNK]
         inputs.update(index[rows].tobytes() + read(rows))
+    preprocessing = _preprocessing(dataset)
+    if collated:
+        probe = _digest(b"".join(part for tensor in collated for part in _raw(tensor)))
+        preprocessing = {**(preprocessing or {}), "collator": probe}
     identity = {
         "teacher": [_digest_of_model(member) for member in members_of(teacher)],
         "ensemble": [teacher.average, teacher.temperature] if isinstance(teacher, TeacherEnsemble) else None,
         "inputs": inputs.hexdigest(),
-        "preprocessing": _preprocessing(dataset),
+        "preprocessing": preprocessing,
         "precision": precision,
         "dtype": dtype,
         "top_k": top_k,

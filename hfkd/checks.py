@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pyarrow.compute
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from hfkd.data.task_data import TEACHER_COLUMNS, TaskData
 from hfkd.distillers.base import IGNORE_INDEX, Distiller
 from hfkd.features import at_model, base_model, input_names, select_inputs, try_out
 from hfkd.labels import align_labels, head_looks_new, named_labels
-from hfkd.teacher import TeacherEnsemble
+from hfkd.teacher import TeacherEnsemble, members_of
 
 
 def check_student(model: nn.Module) -> None:
@@ -435,6 +436,44 @@ def check_cache(args: TrainingArguments, dataset: Dataset | None, teacher: nn.Mo
         folder, output = (Path(path).expanduser().resolve() for path in (args.teacher_cache, args.output_dir))
         if folder.is_relative_to(output):
             raise ValueError(f"{args.output_dir} goes with the student: put teacher_cache= elsewhere, {remedy}")
+
+
+def check_collator(take: Callable[[], Mapping[str, Tensor]], dataset: Dataset, teacher: nn.Module) -> list[Tensor]:
+    """Refuse a collator that makes what the teacher reads of other columns, or anew each time: no cache could tell.
+
+    Args:
+        take: Gives the same few samples as a batch at each call.
+        dataset: That they are of.
+        teacher: A classifier, or an ensemble.
+
+    Returns:
+        What the teacher reads of them.
+
+    Raises:
+        ValueError: If it is made of other columns, or differs from call to call.
+    """
+    inner = innermost(dataset)
+    columns = getattr(inner, "column_names", None)
+    columns = columns if isinstance(columns, list) else list(inner[0])
+    batches = [take() for _ in range(8)]  # a collator may flip a coin for all of a batch
+    seen = []
+    for name in sorted({name for member in members_of(teacher) for name in input_names(member)}):
+        column = next((column for column in (f"teacher_{name}", name) if column in batches[0]), None)
+        if column is None:
+            continue
+        if column not in columns:
+            raise ValueError(
+                f"the teacher reads {column}, which the data collator makes and the training set does not have: store "
+                "it there with hfkd.data.tokenize or dataset.map, or leave out teacher_cache"
+            )
+        first, *others = (batch[column] for batch in batches)
+        if not all(torch.equal(first, other) for other in others):
+            raise ValueError(
+                f"the data collator makes other {column} of the same samples each time, which the teacher reads: "
+                "augment with hfkd.data.ImageDataset(..., views=V), or leave out teacher_cache"
+            )
+        seen.append(first)
+    return seen
 
 
 def check_processes(args: TrainingArguments, accelerator: Accelerator) -> None:

@@ -77,7 +77,8 @@ def base_without_home(model: nn.Module) -> Iterator[None]:
         yield
         return
     path = os.path.relpath(name)
-    if str(Path.home()).strip(os.sep) in path:
+    home, parts = Path.home().parts[1:], Path(path).parts
+    if home and any(parts[start : start + len(home)] == home for start in range(len(parts))):
         path = public_name(base)
     known = [config for config in model.peft_config.values() if config.base_model_name_or_path == name]
     for config in known:

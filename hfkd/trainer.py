@@ -32,6 +32,7 @@ from hfkd.checks import (
     check_adapter,
     check_arguments,
     check_cache,
+    check_collator,
     check_columns,
     check_dataset,
     check_ensemble,
@@ -45,6 +46,7 @@ from hfkd.checks import (
     check_teacher,
     check_tokenizers,
     check_tokens,
+    dataset_index,
     dataset_labels,
     innermost,
     problem_type_of,
@@ -592,6 +594,11 @@ class DistillationTrainer(SavingTrainer):
         if isinstance(images, ImageDataset):
             images.number_views()
         check_cache(self.args, self.train_dataset, self.teacher_model)
+        collated = []
+        if type(self.data_collator) is not DistillationCollator:
+            rows = dataset_index(self.train_dataset).argsort()[:8].tolist()
+            take = partial(self.context.take, self.train_dataset, rows)
+            collated = check_collator(take, self.train_dataset, self.teacher_model)
         with self.compute_loss_context_manager():
             precision = self.teacher.precision
         members = self.teacher.members if isinstance(self.teacher, Teachers) else [self.teacher]
@@ -605,6 +612,7 @@ class DistillationTrainer(SavingTrainer):
             top_k=self.args.teacher_cache_top_k,
             label_names=named_labels(self.model.config),
             label_orders=label_orders,
+            collated=collated,
         )
         self._train_index = index
         self.cache = TeacherCache(

@@ -16,10 +16,10 @@ from pathlib import Path
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-import run_glue_kd  # noqa: E402
-import run_image_kd  # noqa: E402
+import run_glue_kd
+import run_image_kd
 
-from hfkd.cli import explain_refusals, parse_arguments  # noqa: E402
+from hfkd.cli import explain_refusals, parse_arguments
 
 
 EXAMPLES = {"run_image_kd": run_image_kd, "run_glue_kd": run_glue_kd}

@@ -34,6 +34,26 @@ def caches(tmp_path_factory):
     os.environ["HFKD_CACHE"] = str(tmp_path_factory.mktemp("caches"))
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    """Of a size that the test says; needs the right to mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = []
+
+    def make(kilobytes):
+        line = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)]
+        if subprocess.run(line, capture_output=True, check=False).returncode:
+            pytest.skip("this user may not mount a small disk")
+        mounted.append(folder)
+        return folder
+
+    yield make
+    for disk in mounted:
+        # Lazily: after a test that failed a file of it may still be open.
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
 @pytest.fixture(scope="session")
 def launch():
     """Run a module of torch or accelerate as a child, on the CPU and away from other workers' ports."""

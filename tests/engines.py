@@ -41,7 +41,7 @@ from hfkd.sharding import whole_state
 
 
 sys.path.append(str(Path(__file__).parent / "distillers"))
-from test_contract import build, build_double  # noqa: E402, found by the line above
+from test_contract import build, build_double  # found by the line above
 
 
 WORLD, OPTIONS = 1, {}  # set by main

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from pathlib import Path
 
 import datasets
 import torch
@@ -32,6 +33,7 @@ from hfkd.functional import kd_loss
 from hfkd.models import CifarConfig, CifarForImageClassification
 
 
+DATA = Path(os.environ.get("HFKD_DATA_DIR") or Path(__file__).resolve().parents[2] / "shared" / "data")
 NUM_LABELS = 5
 VOCABULARY = 60
 FAMILIES = ("bert", "distilbert", "vit", "resnet", "timm", "cifar")

@@ -45,8 +45,8 @@ from hfkd.distillers import (
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-import run_glue_kd  # noqa: E402
-import run_image_kd  # noqa: E402
+import run_glue_kd
+import run_image_kd
 
 
 NAMES = ["cat", "dog", "owl", "fox", "bee"]

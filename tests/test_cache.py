@@ -1,11 +1,13 @@
 """The teacher's cache: what it gives is what the teacher says, whatever happens to it."""
 
 import functools
+import itertools
 import json
 import multiprocessing
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import datasets
 import numpy as np
@@ -15,6 +17,7 @@ from helpers import (
     NUM_LABELS,
     Mutual,
     Rows,
+    as_datasets,
     assert_identical,
     largest_difference,
     logged,
@@ -22,16 +25,17 @@ from helpers import (
     rows,
     tiny,
     tiny_teacher,
+    tokenizer,
     weights,
 )
 from PIL import Image
 from torch.utils.data import IterableDataset, Subset
-from transformers import ViTImageProcessor
+from transformers import DataCollatorWithPadding, ViTImageProcessor
 
 from hfkd import DistillationTrainingArguments, TeacherEnsemble
 from hfkd.cache import MANIFEST, TeacherCache
 from hfkd.checks import check_cache
-from hfkd.data import ImageDataset
+from hfkd.data import DistillationCollator, ImageDataset
 from hfkd.distillers import AT, CRD, KD, KDAIF, PKT, TTM, Combined, InContextKD, ModelOutputs, SelfDistillation
 
 
@@ -184,10 +188,12 @@ def test_another_cache_is_refused_with_the_difference_named(tmp_path, change):
 
 
 def test_another_order_of_classes_is_another_cache(tmp_path):
-    def run(order):
+    """The student's, or the teacher's alone."""
+
+    def run(order, of_teacher=NAMES):
         student, teacher = tiny("bert"), tiny_teacher("bert")
         student.config.id2label = {i: NAMES[c] for i, c in enumerate(order)}
-        teacher.config.id2label = dict(enumerate(NAMES))
+        teacher.config.id2label = dict(enumerate(of_teacher))
         folder = str(tmp_path / "mine")
         return make_trainer(tmp_path / "run", student, teacher, KD(), rows("bert"), teacher_cache=folder, max_steps=2)
 
@@ -195,6 +201,20 @@ def test_another_order_of_classes_is_another_cache(tmp_path):
     first.train()
     with pytest.raises(ValueError, match="another one: classes is .'cat', 'dog'.* there and .'fox', 'cat'.* here"):
         run([3, 0, 4, 1, 2])
+    with pytest.raises(ValueError, match=r"another one: order of classes is .None. there and ..4, 3, 2, 1, 0.. here"):
+        run(range(5), NAMES[::-1])
+
+
+def test_another_mean_of_the_same_teachers_is_another_cache(tmp_path):
+    def run(**options):
+        teachers = TeacherEnsemble([tiny_teacher("bert"), tiny_teacher("bert", seed=3)], **options)
+        return cached(tmp_path, teacher=teachers, teacher_cache=str(tmp_path / "mine"))
+
+    run()
+    with pytest.raises(ValueError, match="another one: ensemble is .'probabilities', 4.0. there and .*, 2.0. here"):
+        run(temperature=2.0)
+    with pytest.raises(ValueError, match="another one: ensemble is .'probabilities', 4.0. there and .'logits'"):
+        run(average="logits")
 
 
 def test_a_saved_and_loaded_teacher_is_the_same(tmp_path):
@@ -251,6 +271,66 @@ def duplicated():
 def test_what_cannot_be_kept_is_refused(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         cached(tmp_path, **options)
+
+
+PLAIN = DistillationCollator()
+
+
+def with_pixels(change):
+    """A collator that does something to the images of a batch."""
+
+    def collate(features):
+        batch = PLAIN(features)
+        return {**batch, "pixel_values": change(batch["pixel_values"])}
+
+    return collate
+
+
+@pytest.mark.parametrize("start", range(3))
+def test_a_collator_that_augments_is_refused(tmp_path, start):
+    """Also one that leaves most batches as they are."""
+    turns = itertools.count(start)
+    now_and_then = with_pixels(lambda pixels: pixels.flip(-1) if next(turns) % 3 == 0 else pixels)
+    for collate in (with_pixels(lambda pixels: pixels + torch.rand(())), now_and_then):
+        with pytest.raises(ValueError, match="makes other pixel_values of the same samples each time, .*views=V"):
+            cached(tmp_path, "cifar", trainer={"data_collator": collate})
+
+
+def test_a_collator_that_tokenises_is_refused(tmp_path):
+    """The texts are none of the columns that the teacher reads, so that other texts would get these answers."""
+    words = tokenizer()
+
+    def collate(features):
+        texts = words([feature["text"] for feature in features], padding=True, return_tensors="pt")
+        return {**texts, **{name: torch.tensor([row[name] for row in features]) for name in ("labels", "index")}}
+
+    dataset = datasets.Dataset.from_dict(
+        {"text": [str(2 + i) for i in range(16)], "labels": [i % 5 for i in range(16)], "index": list(range(16))}
+    )
+    with pytest.raises(ValueError, match="reads attention_mask, which the data collator makes .*: store it there"):
+        cached(tmp_path, dataset=dataset, remove_unused_columns=False, trainer={"data_collator": collate})
+
+
+def test_what_a_collator_does_to_the_images_makes_another_cache(tmp_path):
+    dataset = rows("cifar")
+    shuffled = as_datasets(dataset).with_format("torch").shuffle(seed=2)
+
+    def folder(factor, dataset=dataset):
+        collate = with_pixels(lambda pixels: pixels * factor)
+        return cached(tmp_path, "cifar", dataset=dataset, trainer={"data_collator": collate}).cache.folder
+
+    plain = cached(tmp_path, "cifar", dataset=dataset).cache.folder
+    assert len({plain, folder(2.0), folder(3.0)}) == 3
+    assert folder(2.0) == folder(2.0)
+    assert folder(2.0, shuffled) == folder(2.0, as_datasets(dataset).with_format("torch"))
+
+
+def test_a_collator_that_pads_alone_is_taken(tmp_path):
+    padding = {"data_collator": DataCollatorWithPadding(tokenizer())}
+    runs = [cached(tmp_path, dataset=hub_rows(), max_steps=2, trainer=padding) for _ in range(2)]
+    for run in runs:
+        run.train()
+    assert [counts(run) for run in runs] == [(0, 16), (16, 0)]
 
 
 def test_a_made_teacher_is_refused(tmp_path):
@@ -323,6 +403,18 @@ def test_what_the_teacher_says_about_an_evaluation_set_is_kept_too(tmp_path):
     assert evaluated(tmp_path, turned, teacher_cache_top_k=2) == ({"accuracy": 1.0}, 2)
 
 
+def test_an_evaluation_set_under_another_processor_is_another(tmp_path):
+    sets = [images(pictures=3, mean=mean) for mean in (0.5, 0.1, 0.5)]
+    assert [evaluated(tmp_path, one, "cifar", dataset=images())[1] for one in sets] == [1, 1, 0]
+
+
+def test_answers_to_an_evaluation_set_in_another_order_are_not_kept(tmp_path):
+    """The sampler sorts by length, and by row they would be another sample's."""
+    dataset = rows("bert", 16, seed=4)
+    scores = [evaluated(tmp_path, dataset, train_sampling_strategy=by) for by in ("group_by_length", "random")]
+    assert scores == [(scores[0][0], 2), (scores[0][0], 2)]
+
+
 def test_a_damaged_evaluation_is_asked_again(tmp_path):
     dataset = hub_rows().remove_columns("index")
     score, calls = evaluated(tmp_path, dataset)
@@ -374,12 +466,12 @@ def test_influence_is_what_it_is_without_the_cache(tmp_path, layers):
 # Views
 
 
-def images(n=8, *, pictures=0, **options):
+def images(n=8, *, pictures=0, mean=0.5, **options):
     """Images of 32 x 32 with scattered numbers."""
     generator = np.random.default_rng(pictures)
     drawn = [Image.fromarray(generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(n)]
     columns = {"image": drawn, "label": [i % NUM_LABELS for i in range(n)], "index": [7 * i + 3 for i in range(n)]}
-    processor = ViTImageProcessor(size={"height": 32, "width": 32})
+    processor = ViTImageProcessor(size={"height": 32, "width": 32}, image_mean=[mean] * 3)
     return ImageDataset(datasets.Dataset.from_dict(columns), processor, **options)
 
 
@@ -834,6 +926,27 @@ def test_figures_are_what_was_measured(tmp_path, monkeypatch):
         "break_even_epochs": 12.0 / (4 * (2.0 - 0.5)),
     }
     assert "break_even_epochs" not in cache.figures(1, 0, 0.0, 2.5)  # reading takes longer than asking
+
+
+def test_runs_that_note_at_once_lose_nothing(tmp_path, monkeypatch):
+    cache, read = formula_cache(tmp_path / "cache"), TeacherCache._manifest
+
+    def slowly(self):
+        manifest = read(self)
+        time.sleep(0.01)
+        return manifest
+
+    monkeypatch.setattr(TeacherCache, "_manifest", slowly)
+    with ThreadPoolExecutor(4) as runs:
+        list(runs.map(lambda _: cache.note_asked(3, 0.5), range(8)))
+    assert read(cache)["asked"] == {"answers": 24, "seconds": 4.0}
+
+
+def test_a_file_that_another_run_renames_meanwhile_takes_no_bytes(tmp_path):
+    cache = formula_cache(tmp_path / "cache")
+    there = cache.bytes
+    (tmp_path / "cache" / "manifest.json.part").symlink_to("gone")  # listed, and then not there
+    assert cache.bytes == there > 0
 
 
 def test_training_says_what_its_cache_cost(tmp_path):

@@ -327,7 +327,6 @@ def test_settings_of_fsdp_that_lose_something_are_refused(wrong, message):
         check_sharding(FullyShardedDataParallelPlugin(**{**SHARDING, **wrong}), tiny("bert"))
 
 
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 def test_adapters_are_refused_under_fsdp():
     student = get_peft_model(tiny("bert"), LoraConfig(target_modules=["query"]))
     with pytest.raises(ValueError, match="FSDP shards a PreTrainedModel alone, and the student is a PeftModel: train"):

@@ -10,6 +10,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from helpers import DATA
 from transformers import (
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
@@ -25,7 +26,6 @@ from hfkd.models import load_model
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
-DATA = Path(os.environ.get("HFKD_DATA_DIR", ROOT.parent / "shared" / "data"))
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no real data: neither HFKD_DATA_DIR nor {DATA}")
 IMAGE = "--use_cpu --dataset digits --max_train_samples 64 --max_eval_samples 64 --max_steps 2 --student resnet8"
 

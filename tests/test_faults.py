@@ -456,25 +456,6 @@ def test_what_a_killed_run_left_does_not_count_towards_the_limit(tmp_path):
     assert [step_of(path) for path in checkpoints_in(tmp_path)] == [2, 4, 6, 7]
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """Of a size that the test says; needs the right to mount one."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = []
-
-    def make(kilobytes):
-        line = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)]
-        if subprocess.run(line, capture_output=True, check=False).returncode:
-            pytest.skip("this user may not mount a small disk")
-        mounted.append(folder)
-        return folder
-
-    yield make
-    for disk in mounted:
-        subprocess.run(["umount", str(disk)], check=True)
-
-
 @pytest.mark.parametrize("extra", [4, 40, 80, 120])
 def test_a_full_disk_is_named_and_the_checkpoint_before_is_whole(small_disk, saved, extra):
     """Wherever in the second one it is full."""

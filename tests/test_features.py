@@ -251,7 +251,6 @@ def test_a_model_without_stages_or_head_is_refused():
         head_path(Plain())
 
 
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 def test_stages_are_found_inside_peft():
     model = get_peft_model(tiny("bert"), LoraConfig(target_modules=["query"], modules_to_save=["classifier"]))
     assert stage_paths(model) == STAGES["bert"]

@@ -29,8 +29,7 @@ from hfkd.models import MODEL_NAMES, CifarConfig, CifarForImageClassification
 from hfkd.saving import DISTILLER_NAME
 
 
-IN_PEFT = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
-STUDENTS = ["vit", "bert", "cifar", pytest.param("peft", marks=IN_PEFT)]
+STUDENTS = ["vit", "bert", "cifar", "peft"]
 
 
 def student_of(kind, seed=0, dropout=0.0):
@@ -229,7 +228,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, kind):
     assert_identical(weights(one.model, one.distiller.head), weights(other.model, other.distiller.head))
 
 
-@pytest.mark.parametrize("kind", ["bert", pytest.param("peft", marks=IN_PEFT)])
+@pytest.mark.parametrize("kind", ["bert", "peft"])
 def test_saving_changes_nothing_in_the_run(tmp_path, kind):
     often = learning(tmp_path / "often", kind, serial(), save_steps=1)
     never = learning(tmp_path / "never", kind, serial(), save_strategy="no")
@@ -267,7 +266,7 @@ class Stops(TrainerCallback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("kind", ["cifar", pytest.param("peft", marks=IN_PEFT)])
+@pytest.mark.parametrize("kind", ["cifar", "peft"])
 def test_a_checkpoint_of_the_student_alone_is_folded(tmp_path, kind):
     each = Each(kind)
     each.watch(learning(tmp_path, kind, serial(), save_only_model=True)).train()

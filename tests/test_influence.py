@@ -33,9 +33,6 @@ from hfkd.influence import (
 )
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
-
-
 # L2-regularised logistic regression in double precision: what every definition can be checked on
 
 

@@ -24,8 +24,6 @@ from hfkd.distillers import AT, KD, HiddenStates
 from hfkd.features import run_model
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
-
 # What is adapted, what is trained whole, and where BatchNorm is.
 LAYERS = {
     "bert": (["query", "value"], ["classifier"], []),

@@ -34,7 +34,7 @@ from hfkd.teacher import Teacher
 
 
 sys.path.append(str(Path(__file__).parent / "distillers"))
-from test_contract import build, every_method  # noqa: E402, found by the line above
+from test_contract import build, every_method  # found by the line above
 
 
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")

@@ -11,11 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import tiny_teacher
+from helpers import DATA, tiny_teacher
 
 
 ROOT = Path(__file__).resolve().parents[1]
-DATA = Path(os.environ.get("HFKD_DATA_DIR", ROOT.parent / "shared" / "data"))
 
 
 def result_table(*words):

@@ -25,12 +25,12 @@ from hfkd.checkpoints import FILES_NAME
 from hfkd.data import load_text_data
 from hfkd.data.processors import processor_for
 from hfkd.distillers import KD
+from hfkd.modelcard import base_without_home
 from hfkd.models import load_model, load_teacher
 from hfkd.saving import DISTILLER_NAME
 
 
 ROOT = Path(__file__).resolve().parents[1]
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
 # The code itself
 
@@ -342,10 +342,10 @@ def test_a_caches_files_are_plain_files(tmp_path, name, kind):
 
 
 def test_a_layers_name_is_no_path(tmp_path):
-    layers = ["../../x", "/etc/x", "a/b:input", "layer.0:input"]
+    layers = ["../../x", "/etc/x", "a/b:input", "layer.0:input", "layer.0.input"]
     cache(tmp_path / "cache", features=dict.fromkeys(layers, 2))
     assert {path.name for path in tmp_path.iterdir()} == {"cache"}
-    assert (tmp_path / "cache" / "features.layer.0.input").is_file()
+    assert (tmp_path / "cache" / "features.layer.0%3Ainput").is_file()
     assert len(list((tmp_path / "cache").glob("features.*"))) == 2 * len(layers)
 
 
@@ -399,6 +399,26 @@ def test_neither_a_token_nor_the_home_is_written_or_logged(tmp_path):
         assert secret not in output, secret
     config = json.loads(written[Path("work/quiet/adapter/adapter_config.json")])
     assert config["base_model_name_or_path"] == "quiet/start"  # from the working folder it loads as before
+
+
+@pytest.mark.parametrize(
+    ("home", "working", "saved"),
+    [
+        ("/root", "{folder}", "outputs/groot-base"),
+        ("/", "{folder}", "outputs/groot-base"),
+        ("{folder}", "/", "groot-base"),
+        ("{folder}/out", "/", "{folder}/outputs/groot-base"),
+    ],
+)
+def test_an_adapters_base_keeps_its_path_where_that_tells_no_home(tmp_path, monkeypatch, home, working, saved):
+    home, working, saved = (path.format(folder=tmp_path) for path in (home, working, saved))
+    tiny("bert").save_pretrained(tmp_path / "outputs" / "groot-base")
+    base = type(tiny("bert")).from_pretrained(tmp_path / "outputs" / "groot-base")
+    student = get_peft_model(base, LoraConfig(task_type="SEQ_CLS", target_modules=["query"]))
+    monkeypatch.setenv("HOME", home)
+    monkeypatch.chdir(working)
+    with base_without_home(student):
+        assert student.peft_config["default"].base_model_name_or_path == saved.removeprefix("/")
 
 
 def test_the_safetensors_of_a_checkpoint_are_all_there_is_of_models(checkpoints):

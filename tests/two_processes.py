@@ -36,7 +36,7 @@ from hfkd.distillers import AKD, CRD, KD, KDAIF, TTM, VID, Combined, HiddenState
 
 
 sys.path.append(str(Path(__file__).parent / "distillers"))
-from test_contract import METHODS, NAMES, build_double  # noqa: E402, found by the line above
+from test_contract import METHODS, NAMES, build_double  # found by the line above
 
 
 def processes() -> int:

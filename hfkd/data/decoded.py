@@ -21,7 +21,8 @@ def kept_pixels(encoded: Iterable[bytes], decode: Callable[[], np.ndarray | None
     """What ``decode`` gives, from a file of an earlier run where there is a whole one.
 
     Args:
-        encoded: The images as they were read, which the file is known by.
+        encoded: The images as they were read, and whatever else decides what they decode to: what the file is known
+            by.
         decode: Called where they have not been decoded before; None is not kept.
     """
     key = hashlib.blake2b(PIL.__version__.encode(), digest_size=16)
@@ -35,7 +36,8 @@ def kept_pixels(encoded: Iterable[bytes], decode: Callable[[], np.ndarray | None
             return pixels
     pixels = decode()
     if pixels is not None:
-        with contextlib.suppress(OSError):  # a full or unwritable disk costs the next run its time, and nothing else
+        # A full or unwritable disk costs the next run its time, and nothing else.
+        with contextlib.suppress(OSError, SafetensorError):
             path.parent.mkdir(parents=True, exist_ok=True)
             part = path.with_suffix(f".{os.getpid()}")
             save_file({"pixels": pixels}, part, metadata={"digest": _digest(pixels)})

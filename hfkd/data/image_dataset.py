@@ -207,6 +207,8 @@ class ImageDataset(Dataset):
         seen = self.views.get("teacher_pixel_values", self.views["pixel_values"]).probe
         crop = self.resized_crop.size if self.pixels is None else None
         names = {"augment": self.augment, "rand_augment": self._rand_augment_spec, "crop": crop}
+        if self._rand_augment_spec is not None:
+            names["fill"] = self.views["pixel_values"].mean_colour  # the student's, in the teacher's images too
         probe = (seen * 1000).round().to(torch.int32).numpy()
         return {
             **{name: None if value is None else str(value) for name, value in names.items()},
@@ -217,7 +219,7 @@ class ImageDataset(Dataset):
         """The images of some rows before any processing; of a large one that lies in a file, its path and size."""
         if self.pixels is not None:
             return self.pixels[rows].tobytes()
-        parts = []
+        parts = [self._mode]
         for value in self._encoded[rows]["image"]:
             content, path = value["bytes"], value["path"]
             parts.append(f"{path} {os.path.getsize(path)}".encode() if content is None else content)
@@ -344,6 +346,11 @@ class ImageDataset(Dataset):
         y, x = y.clamp(0, height - 1)[:, :, None], x.clamp(0, width - 1)[:, None]
         return (self._on_device[rows[..., None], y, x] * inside[..., None]).permute(0, 3, 1, 2)
 
+    @property
+    def _mode(self) -> bytes:
+        """The one that the feature converts images to as it decodes them; None leaves them theirs."""
+        return str(self.split.features["image"].mode).encode()
+
     def _decode(self, row: int, value: dict | None = None) -> PIL.Image.Image:
         """An image in grey or in colour, from its bytes or path where they are at hand."""
         value = value or self._encoded[row]["image"]
@@ -368,7 +375,7 @@ class ImageDataset(Dataset):
         contents = [value["bytes"] for start in starts for value in self._encoded[start : start + 1000]["image"]]
         if None in contents:  # files, which may change
             return self._decode_all(size)
-        return kept_pixels(contents, lambda: self._decode_all(size))
+        return kept_pixels([self._mode, *contents], lambda: self._decode_all(size))
 
     def _decode_all(self, size: tuple[int, int]) -> np.ndarray | None:
         rows, images = len(self.index), []

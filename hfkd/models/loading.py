@@ -316,7 +316,7 @@ def _config_of_cifar_resnet(path: Path, fields: dict) -> CifarConfig:
     if not path.is_file():
         raise FileNotFoundError(f"no weights file {path.resolve()}: correct its name")
     with _opened(path) as file:
-        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118, it is no dict
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
     convolutions = [name for name in shapes if re.fullmatch(r"layer\d\.\d+\.conv\d\.weight", name)]
     if not convolutions or not {"conv1.weight", "linear.weight"} <= shapes.keys():
         raise ValueError(
@@ -348,7 +348,7 @@ def _load_cifar_resnet(path: Path, fields: dict, pretrained: bool) -> CifarForIm
     config = _config_of_cifar_resnet(path, fields)
     try:
         with _opened(path) as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118, no dict
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
         with torch.device("meta"):  # a file of a few bytes can name any number of classes and layers
             expected = CifarForImageClassification(config).state_dict()
         for name, tensor in expected.items():

@@ -1,20 +1,18 @@
-import os
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
+from helpers import DATA
 from PIL import Image
 from transformers import ViTImageProcessor
 
 
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
-    default = Path(__file__).parents[2].parent / "shared" / "data"
-    folder = Path(os.environ.get("HFKD_DATA_DIR", default))
-    if not folder.is_dir():
-        pytest.skip(f"no real data: {folder} does not exist, set HFKD_DATA_DIR")
-    return folder
+    if not DATA.is_dir():
+        pytest.skip(f"no real data: {DATA} does not exist, set HFKD_DATA_DIR")
+    return DATA
 
 
 @pytest.fixture(autouse=True, scope="session")

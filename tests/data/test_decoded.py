@@ -59,6 +59,16 @@ def test_what_cannot_be_written_is_decoded_each_time(root):
     assert kept_pixels([b"one"], lambda: PIXELS) is PIXELS
 
 
+def test_a_full_disk_costs_nothing_else(small_disk, monkeypatch):
+    folder = small_disk(64)
+    monkeypatch.setenv("HFKD_CACHE", str(folder))
+    many = np.zeros((100, 3, 32, 32), np.uint8)
+    assert kept_pixels([b"one"], lambda: many) is many
+    assert not [path for path in (folder / "pixels").iterdir() if path.suffix == ".safetensors"]
+    assert kept_pixels([b"two"], lambda: PIXELS) is PIXELS
+    np.testing.assert_array_equal(kept_pixels([b"two"], never), PIXELS)  # what the first one wrote is gone
+
+
 def test_images_of_different_sizes_are_not_kept(root):
     assert kept_pixels([b"one"], lambda: None) is None
     assert not root.exists()
@@ -75,6 +85,15 @@ def test_a_data_set_is_the_same_from_the_file(make_split, processor, root, monke
         assert torch.equal(column, second.__getitems__([3, 0, 2])[name])
     with pytest.raises(AssertionError, match="decoded again"):
         ImageDataset(split.select([3, 2, 1, 0]), processor)
+
+
+def test_another_mode_of_the_column_decodes_again(make_split, processor, monkeypatch):
+    monkeypatch.setattr(image_dataset, "_MANY", 2)
+    split = make_split([(32, 32, 3), (32, 32, 3)])
+    colour = ImageDataset(split, processor).pixels
+    grey = ImageDataset(split.cast_column("image", datasets.Image(mode="L")), processor).pixels
+    assert (colour.shape[1], grey.shape[1]) == (3, 1)
+    np.testing.assert_array_equal(ImageDataset(split, processor).pixels, colour)
 
 
 def test_files_may_change_and_are_not_kept(processor, root, tmp_path, monkeypatch):

@@ -588,6 +588,21 @@ def test_preprocessing_names_what_changes_the_images(make_split, processor):
     assert ImageDataset(split, processor, augment="flip").without_augmentation().preprocessing == described[0]
 
 
+@pytest.mark.parametrize(("rand_augment", "different"), [(None, 1), ("rand-m9-mstd0.5", 2)])
+def test_the_students_fill_colour_is_in_what_the_teacher_sees(make_split, processor, rand_augment, different):
+    split, size = make_split([(32, 32, 3)]), {"height": 32, "width": 32}
+    students = [ViTImageProcessor(size=size, image_mean=[mean] * 3, image_std=[0.25] * 3) for mean in (0.1, 0.9)]
+    sets = [ImageDataset(split, one, teacher_processor=processor, rand_augment=rand_augment) for one in students]
+    assert len({str(dataset.preprocessing) for dataset in sets}) == different
+
+
+def test_large_images_in_another_mode_are_others(make_split, processor):
+    split = make_split([(96, 96, 3)] * 2)
+    splits = [split.cast_column("image", datasets.Image(mode=mode)) for mode in (None, None, "L")]
+    one, same, grey = (ImageDataset(one, processor).raw_bytes(np.arange(2)) for one in splits)
+    assert one == same != grey
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -435,7 +435,6 @@ def unfrozen_beside_an_adapter():
     return student
 
 
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 @pytest.mark.parametrize(
     "make",
     [
@@ -453,7 +452,6 @@ def test_a_frozen_or_adapted_classifier_is_refused(make):
         set_up(AEKT(order=order), make(), tiny_teacher("bert"), rows("bert"))
 
 
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 def test_a_classifier_that_the_adapter_saves_whole_is_taken():
     method = AEKT()
     set_up(method, lora(["query"], modules_to_save=["classifier"]), tiny_teacher("bert"), rows("bert"))

@@ -1,14 +1,12 @@
 """The adaptive balance: fixed, learned, from the gap; each by hand."""
 
 import math
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import logged, make_trainer, rows, tiny, tiny_teacher
+from helpers import DATA, logged, make_trainer, rows, tiny, tiny_teacher
 from references import STUDENT, TARGET, TEACHER, batch, divergence, five_classes, probabilities
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
@@ -17,7 +15,6 @@ from hfkd.distillers import AKD, CAM, KD, WTTM, Combined, ModelOutputs, StudentA
 from hfkd.functional import gap_alpha, kd_loss
 
 
-DATA = Path(os.environ.get("HFKD_DATA_DIR", Path(__file__).resolve().parents[3] / "shared" / "data"))
 FORMULAS = {
     "exp": lambda kl, ce: 1 - math.exp(-kl),
     "ratio": lambda kl, ce: kl / (1 + kl),

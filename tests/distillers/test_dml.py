@@ -95,7 +95,6 @@ def test_peers_that_cannot_teach_are_refused(tmp_path):
         make_trainer(tmp_path, student, tiny("bert", seed=1), DML(), rows("bert"))
 
 
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 def test_an_adapted_student_learns_with_a_peer_that_is_given(tmp_path):
     def adapted(seed):
         model = tiny("bert", seed=seed)

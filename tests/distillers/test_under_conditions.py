@@ -240,7 +240,6 @@ def adapted(family):
 
 
 @every_method
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 def test_an_adapted_student_learns_and_resumes(tmp_path, method, arguments):
     """Only its adapter and head; a method that makes a second network like it asks for that one instead."""
     distiller = method(**arguments)

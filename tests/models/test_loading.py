@@ -10,7 +10,7 @@ import pyarrow.parquet as parquet
 import pytest
 import timm
 import torch
-from helpers import tiny
+from helpers import DATA, tiny
 from huggingface_hub.utils import HFValidationError
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -26,7 +26,6 @@ from hfkd.models import MODEL_NAMES, load_model
 from hfkd.models.loading import CIFAR10_LABELS
 
 
-DATA = Path(os.environ.get("HFKD_DATA_DIR", Path(__file__).parents[3] / "shared" / "data"))
 needs_teachers = pytest.mark.skipif(
     not (DATA / "teachers").is_dir(), reason=f"no teachers in {DATA}: set HFKD_DATA_DIR to a folder that has them"
 )
