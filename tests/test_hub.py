@@ -11,7 +11,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from helpers import tiny
+from helpers import DATA, tiny
 from local_hub import LocalHub, add_datasets
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast, ViTImageProcessor
 
@@ -21,7 +21,6 @@ from hfkd.models import load_model
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ROOT / "tests"
-DATA = Path(os.environ.get("HFKD_DATA_DIR", ROOT.parent / "shared" / "data"))
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason=f"no real data: neither HFKD_DATA_DIR nor {DATA}")
 TOKEN, HOME = "hf_PlantedPlantedPlantedPlanted", "somebodys-own-home"
 FLAGS = "--use_cpu --max_train_samples 32 --max_eval_samples 16 --per_device_train_batch_size 16 --report_to none"
