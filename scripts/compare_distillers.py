@@ -62,6 +62,7 @@ KEYS = {"example", "output", "flags", "teachers", "methods", "seeds", "baseline"
 OURS = ("seed", "output_dir", "resume_from_checkpoint")
 SETTINGS, FINISHED = "settings.json", "run.json"
 CONFIDENCE = 0.95
+VARIABLE = re.compile(r"\$([A-Za-z_]\w*)")
 
 
 @dataclass(frozen=True)
@@ -94,11 +95,13 @@ class Run:
 
     def words(self) -> list[str]:
         """The command line behind the example's name."""
-        return words_of({**self.settings["flags"], "output_dir": str(self.folder)})
+        return [*expanded(words_of(self.settings["flags"])), "--output_dir", str(self.folder)]
 
     def command(self) -> str:
-        """What trains it, as a line for a shell."""
-        return f"python examples/run_{self.settings['example']}_kd.py {shlex.join(self.words())}"
+        """What trains it, as a line for a shell, which puts variables in place itself."""
+        words = [quoted(word) for word in words_of(self.settings["flags"])]
+        words += ["--output_dir", shlex.quote(str(self.folder))]
+        return f"python examples/run_{self.settings['example']}_kd.py {' '.join(words)}"
 
     @property
     def log(self) -> Path:
@@ -106,6 +109,22 @@ class Run:
 
     def report(self) -> dict:
         return json.loads((self.folder / FINISHED).read_text(encoding="utf-8"))
+
+
+def expanded(words: Sequence[str]) -> list[str]:
+    """The words with $NAME replaced by what the environment holds; what is kept of a run has the name alone."""
+
+    def value(match: re.Match) -> str:
+        if not os.environ.get(match[1]):
+            raise ValueError(f"{match.string} needs the variable {match[1]}: export {match[1]}=FOLDER first")
+        return os.environ[match[1]]
+
+    return [VARIABLE.sub(value, word) for word in words]
+
+
+def quoted(word: str) -> str:
+    """The word for a shell, which is to put variables in place."""
+    return '"' + re.sub(r'([\\"`])', r"\\\1", word) + '"' if VARIABLE.search(word) else shlex.quote(word)
 
 
 def flat(settings: dict) -> dict:
@@ -342,7 +361,7 @@ def warm(runs: Sequence[Run]) -> None:
         log = run.log.with_name(f"warm-{run.name}.log")
         script = ROOT / "scripts" / "warm_teacher_cache.py"
         folder = run.folder.parent.parent / "logs" / "nothing"
-        words = words_of({**flags, "output_dir": str(folder)})
+        words = [*expanded(words_of(flags)), "--output_dir", str(folder)]
         process = start([str(script), f"run_{run.settings['example']}_kd", *words], log, dict(os.environ))
         try:
             status = process.wait()
