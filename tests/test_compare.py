@@ -228,6 +228,27 @@ def test_a_dry_run_prints_commands_and_leaves_nothing(compare, tmp_path, capsys)
     assert not output.exists()
 
 
+def test_variables_are_put_in_place_and_what_is_kept_has_their_names(compare, tmp_path, monkeypatch, capsys):
+    methods = {"KD": {"teacher": "$HFKD_DATA_DIR/teachers/big", "student": "$SMALL", "distiller": "kd"}}
+    path, output = study(tmp_path, methods=methods)
+    monkeypatch.setenv("HFKD_DATA_DIR", "/a folder")
+    monkeypatch.delenv("SMALL", raising=False)
+    with pytest.raises(ValueError, match=r"KD-0: \$SMALL needs the variable SMALL: export SMALL="):
+        compare.main([str(path), "--dry_run"])
+    monkeypatch.setenv("SMALL", "resnet8")
+    (run,) = planned(compare, path, output)
+    words = run.words()
+    assert words[words.index("--teacher") + 1] == "/a folder/teachers/big"
+    assert words[words.index("--student") + 1] == "resnet8"
+    assert run.settings["flags"]["teacher"] == "$HFKD_DATA_DIR/teachers/big"
+    assert '--teacher "$HFKD_DATA_DIR/teachers/big"' in run.command()
+    # A shell makes the same words of the command.
+    shell = subprocess.run(
+        f"printf '%s\\n' {run.command()}", shell=True, capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    assert shell.stdout.splitlines()[2:] == words
+
+
 # What is there already
 
 
@@ -289,6 +310,18 @@ def test_a_run_without_a_whole_checkpoint_starts_again(compare, tmp_path):
     assert report["resumed"] is False
     assert report["peak_memory_bytes"] > 2**26
     assert report["results"]["train_runtime"] > 0
+
+
+def test_a_teacher_that_learns_too_is_not_scored(compare, tmp_path, teacher):
+    update = {"distiller": "kdaif", "distiller_kwargs": {"teacher_update": "weighted"}, "teacher_cache": False}
+    flags = {**TINY, "teacher": teacher, "held_out_fraction": 0.1}
+    path, output = study(tmp_path, flags=flags, methods={"KD": {"distiller": "kd"}, "update": update})
+    for run in planned(compare, path, output):
+        compare.train(run.folder, run.settings, run.name)
+        results = run.report()["results"]
+        assert "test_entropy" in results
+        for name in ("teacher_test_accuracy", "test_agreement"):
+            assert (name in results) == (run.method == "KD")
 
 
 def test_from_the_command_line_a_failed_run_is_reported_and_the_others_go_on(tmp_path, teacher):
