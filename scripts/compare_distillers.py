@@ -257,9 +257,10 @@ def train(folder: Path, settings: dict, name: str) -> None:
         example = EXAMPLES[settings["example"]]
         results = example.run(*parse_arguments(types_of(example), words))
         state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        curve = validation_curve(state["log_history"])
         report = {
-            "results": results,
-            "validation": validation_curve(state["log_history"]),
+            "results": {**results, **spreads(curve)},
+            "validation": curve,
             "resumed": resumes,
             "command": run.command(),
             **machine(),
@@ -277,6 +278,17 @@ def validation_curve(log_history: list[dict]) -> list[dict]:
         if len(found) > 2:
             curve.setdefault(row["step"], found)
     return list(curve.values())
+
+
+def spreads(curve: list[dict]) -> dict[str, float]:
+    """How much each score still moves in the last third of its curve: the sample standard deviation there."""
+    last = curve[-max(2, math.ceil(len(curve) / 3)) :]
+    names = [] if len(last) < 2 else [name for name in last[-1] if name.startswith("eval_")]
+    return {
+        f"{name}_spread": statistics.stdev(row[name] for row in last)
+        for name in names
+        if not name.endswith(("_runtime", "_per_second")) and all(name in row for row in last)
+    }
 
 
 def machine() -> dict:
@@ -396,7 +408,7 @@ def default_metric(study: dict) -> str:
 
 
 def is_lower_better(metric: str) -> bool:
-    return metric.endswith(("loss", "mse", "ece"))
+    return metric.endswith(("loss", "mse", "ece", "spread"))
 
 
 def default_baseline(study: dict) -> str | None:
@@ -458,7 +470,8 @@ def number(value: float | None, scale: float = 1.0, form: str = ".2f") -> str:
 
 def scale_of(metric: str) -> tuple[float, str]:
     """By what a score is multiplied where people read it, and its unit."""
-    return (1.0, "") if is_lower_better(metric) or metric.endswith("entropy") else (100.0, "%")
+    plain = ("entropy", "loss", "mse", "ece", "loss_spread", "mse_spread")
+    return (1.0, "") if metric.endswith(plain) else (100.0, "%")
 
 
 def cells(row: dict, metric: str) -> dict[str, str]:
@@ -567,6 +580,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="Folder of the runs and the leaderboard, in place of the file's.")
     parser.add_argument("--seeds", type=int, nargs="+", help="In place of the file's.")
     parser.add_argument("--only", nargs="+", metavar="METHOD", help="Run these alone; the leaderboard shows all.")
+    parser.add_argument("--metric", help="What the leaderboard ranks by, in place of the file's.")
+    parser.add_argument("--baseline", metavar="METHOD", help="Whom differences are to, in place of the file's.")
     parser.add_argument("--jobs", type=int, default=1, help="Runs at a time; they share the threads.")
     parser.add_argument("--dry_run", action="store_true", help="Check all flags and print the commands.")
     parser.add_argument("--rerun_changed", action="store_true", help="Make runs anew whose settings have changed.")
@@ -584,6 +599,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.seeds:
         check_seeds(arguments.seeds)
         study["seeds"] = arguments.seeds
+    study |= {name: value for name in ("metric", "baseline") if (value := getattr(arguments, name)) is not None}
     output = arguments.output or Path(study.get("output") or f"outputs/{arguments.study.stem}")
     for name in (*(arguments.only or ()), *filter(None, [study.get("baseline")])):
         if name not in study["methods"]:

@@ -379,6 +379,31 @@ def test_a_study_of_texts_cuts_its_students_out_of_its_teacher(compare, tmp_path
     assert runs[1].report()["results"]["teacher_cache_misses"] > 0
 
 
+def test_the_spread_is_of_the_last_third(compare):
+    curve = [
+        {"epoch": i, "step": i, "eval_accuracy": a, "eval_runtime": 1.0 * i} for i, a in enumerate([0, 0, 0.9, 0.5])
+    ]
+    assert compare.spreads(curve) == pytest.approx({"eval_accuracy_spread": 0.4 / 2**0.5}, rel=1e-12)
+    longer = [{"eval_loss": loss} for loss in (9, 9, 9, 9, 4, 2, 6)]
+    assert compare.spreads(longer) == {"eval_loss_spread": 2.0}
+    assert compare.spreads(curve[:1]) == compare.spreads([]) == {}
+
+
+def test_another_metric_or_baseline_draws_anew(compare, tmp_path):
+    path, output = study(tmp_path, methods={"KD": {"distiller": "kd"}, "TTM": {"distiller": "ttm"}}, seeds=[0, 1])
+    for i, run in enumerate(planned(compare, path, output)):
+        finish(compare, run, 0.5, test_entropy=0.1 * 2**i)
+    assert compare.main([str(path)]) == 0
+    assert json.loads((output / "results.json").read_text())["metric"] == "test_accuracy"
+    assert compare.main([str(path), "--metric", "test_entropy", "--baseline", "TTM"]) == 0
+    assert json.loads((output / "results.json").read_text())["baseline"] == "TTM"
+    (line,) = [line for line in (output / "leaderboard.md").read_text().splitlines() if line.startswith("| KD")]
+    assert "0.25 ± 0.21" in line  # 0.1 and 0.4
+    assert "-0.25" in line  # 0.2 and 0.8
+    with pytest.raises(ValueError, match="there is no method 'DKD'"):
+        compare.main([str(path), "--baseline", "DKD"])
+
+
 def test_the_metric_and_the_baseline_are_the_tasks_and_kd(compare):
     glue = {"example": "glue", "flags": {"task": "mrpc"}, "methods": {"WTTM": {}, "a": {"distiller": "KD"}}}
     assert (compare.default_metric(glue), compare.default_baseline(glue)) == ("test_f1", "a")
