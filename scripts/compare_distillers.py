@@ -423,13 +423,15 @@ def default_baseline(study: dict) -> str | None:
 def leaderboard(runs: Sequence[Run], metric: str, baseline: str | None) -> list[dict]:
     """A row for each method that has finished runs, the best first."""
     reports: dict[str, dict[int, dict]] = {}
+    known = {}
     for run in runs:
         if run.state() == "finished":
             report = run.report()
-            if metric not in report["results"]:
-                known = ", ".join(name for name in report["results"] if name.startswith(("eval_", "test_")))
-                raise ValueError(f"{run.name} has no {metric}: set metric: to one of {known}")
-            reports.setdefault(run.method, {})[run.seed] = report
+            known |= {name: None for name in report["results"] if name.startswith(("eval_", "test_"))}
+            if metric in report["results"]:
+                reports.setdefault(run.method, {})[run.seed] = report
+    if known and not reports:
+        raise ValueError(f"no run has {metric}: set metric: to one of {', '.join(known)}")
     scores = {name: {seed: r["results"][metric] for seed, r in found.items()} for name, found in reports.items()}
     flags = {run.method: run.settings["flags"] for run in runs}
     rows = []
@@ -537,6 +539,8 @@ def write_csv(path: Path, rows: list[dict], baseline: str | None) -> None:
 def notes_on(rows: list[dict], runs: Sequence[Run], metric: str, baseline: str | None) -> list[str]:
     """What a reader must know of the figures."""
     unfinished = [run.name for run in runs if run.state() != "finished"]
+    shown = {(row["method"], seed) for row in rows for seed in row["scores"]}
+    lacking = [run.name for run in runs if run.name not in unfinished and (run.method, run.seed) not in shown]
     memory = ", ".join(sorted({row["memory_of"] for row in rows}))
     notes = [
         f"{metric.replace('_', ' ')} at the last epoch: mean ± sample standard deviation over the seeds.",
@@ -547,6 +551,8 @@ def notes_on(rows: list[dict], runs: Sequence[Run], metric: str, baseline: str |
         f"Time is the wall clock of training, without runs that were resumed; memory the largest peak of any run "
         f"({memory}).",
     ]
+    if lacking:
+        notes.append(f"Finished, but without {metric.replace('_', ' ')}: {', '.join(lacking)}.")
     if unfinished:
         notes.append(f"Not run, or not finished: {', '.join(unfinished)}.")
     return notes

@@ -149,7 +149,7 @@ def test_the_files_say_the_same_and_name_what_was_not_run(compare, scored):
 
 
 def test_a_metric_that_is_not_there_lists_those_that_are(compare, scored):
-    with pytest.raises(ValueError, match="alone-0 has no test_f1: set metric: to one of test_accuracy, test_loss"):
+    with pytest.raises(ValueError, match="no run has test_f1: set metric: to one of test_accuracy, test_loss"):
         compare.leaderboard(scored[2], "test_f1", None)
 
 
@@ -392,7 +392,7 @@ def test_the_spread_is_of_the_last_third(compare):
 def test_another_metric_or_baseline_draws_anew(compare, tmp_path):
     path, output = study(tmp_path, methods={"KD": {"distiller": "kd"}, "TTM": {"distiller": "ttm"}}, seeds=[0, 1])
     for i, run in enumerate(planned(compare, path, output)):
-        finish(compare, run, 0.5, test_entropy=0.1 * 2**i)
+        finish(compare, run, 0.5, test_entropy=0.1 * 2**i, **({"test_agreement": 0.5} if i == 1 else {}))
     assert compare.main([str(path)]) == 0
     assert json.loads((output / "results.json").read_text())["metric"] == "test_accuracy"
     assert compare.main([str(path), "--metric", "test_entropy", "--baseline", "TTM"]) == 0
@@ -400,6 +400,10 @@ def test_another_metric_or_baseline_draws_anew(compare, tmp_path):
     (line,) = [line for line in (output / "leaderboard.md").read_text().splitlines() if line.startswith("| KD")]
     assert "0.25 ± 0.21" in line  # 0.1 and 0.4
     assert "-0.25" in line  # 0.2 and 0.8
+    assert compare.main([str(path), "--metric", "test_agreement"]) == 0
+    board = (output / "leaderboard.md").read_text()
+    assert r"Finished, but without test agreement: KD-0, KD-1, TTM-1." in board
+    assert not re.search("^. KD", board, re.M)
     with pytest.raises(ValueError, match="there is no method 'DKD'"):
         compare.main([str(path), "--baseline", "DKD"])
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from hfkd.distillers import KDAIF, Distiller, HiddenStates
+
 
 ROOT = Path(__file__).resolve().parents[1]
 STUDIES = ROOT / "scripts" / "studies"
@@ -43,6 +45,24 @@ def test_a_study_can_be_run(compare, path, capsys):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_what_is_refused_only_behind_the_flags_is_right_too(compare, path, tmp_path):
+    for run in compare.plan({**compare.read_study(path), "seeds": [0]}, tmp_path)[1]:
+        flags, method = run.settings["flags"], compare.check(run)
+        if method is None:
+            assert "teacher" not in flags
+            continue
+        parts = getattr(method, "parts", {"": method}).values()
+        assert flags.get("held_out_fraction", 0) > 0 or KDAIF not in map(type, parts)
+        if flags.get("task") == "stsb":
+            assert "regression" in method.problem_types
+        if method.needs_teacher and type(method).make_teacher is Distiller.make_teacher:
+            assert "teacher" in flags
+        if flags.get("teacher_cache"):
+            assert not method.trains_teacher
+            assert HiddenStates not in map(type, parts)  # as many as there are tokens
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_a_study_has_a_baseline_seeds_and_a_folder_of_its_own(compare, path):
     study = compare.read_study(path)
     assert (study.get("baseline") or compare.default_baseline(study)) in study["methods"]
@@ -64,5 +84,5 @@ def test_every_study_is_in_the_readme():
     for path in FILES:
         assert f"`{path.relative_to(STUDIES)}`" in README or path.stem.startswith("cifar100-")
     assert len([path for path in FILES if path.stem.startswith("cifar100-")]) == 13
-    for name in re.findall(r"`([\w/-]+\.yaml)`", README):
-        assert (STUDIES / name).is_file()
+    for name in re.findall(r"`([\w/-]+\.yaml)\b", README):
+        assert (STUDIES / name).is_file() or name == "published/cifar100-TEACHER-STUDENT.yaml"

@@ -75,8 +75,8 @@ def make_distiller(name: str, **kwargs) -> Distiller:
     Raises:
         ValueError: If there is no such method (names those there are), or it takes no such argument.
     """
-    if "+" in name:
-        parts = name.lower().split("+")
+    parts = name.lower().split("+")
+    if len(parts) > 1:
         if wrong := [n for n, table in kwargs.items() if n not in parts or not isinstance(table, dict)]:
             raise ValueError(
                 f"{', '.join(wrong)}: the arguments of {name!r} are a table for each of {', '.join(parts)}, such as "
