@@ -190,8 +190,9 @@ def run(
             unlabelled[split] = dataset
             continue
         results.update(trainer.evaluate(dataset, metric_key_prefix=split))
-        if teacher is not None:
+        if teacher is not None and trainer.teacher is not None:  # which one that learns too is not
             results.update({f"teacher_{split}_{k}": v for k, v in trainer.evaluate_teacher(dataset).items()})
+        results.update(trainer.evaluations.figures(split))
     trainer.save_state()
     trainer.log_metrics("all", results)
     trainer.save_metrics("all", results)

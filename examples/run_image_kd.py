@@ -199,8 +199,9 @@ def run(
     for split, dataset in (("eval", trainer.eval_dataset), ("test", test)):
         if dataset is not None:
             results.update(trainer.evaluate(dataset, metric_key_prefix=split))
-            if teacher is not None:
+            if teacher is not None and trainer.teacher is not None:  # which one that learns too is not
                 results.update({f"teacher_{split}_{k}": v for k, v in trainer.evaluate_teacher(dataset).items()})
+            results.update(trainer.evaluations.figures(split))
 
     trainer.save_state()
     trainer.log_metrics("all", results)

@@ -77,6 +77,28 @@ class Evaluations:
         """What the teacher said about the set that these answers are about, or about a part of it."""
         return self._teacher.get(id(student.dataset))
 
+    def figures(self, prefix: str) -> dict[str, float]:
+        """What no label is needed for: how unsure the student is, and how often it answers as its teacher.
+
+        Args:
+            prefix: Of the metrics, such as ``"test"``.
+
+        Returns:
+            ``test_entropy``, not for a regression, and ``test_agreement``, where both models were asked about the same
+            samples; nothing where an answer is not finite.
+        """
+        from hfkd.metrics import agreement, mean_entropy
+
+        figures, student = {}, self.student.get(prefix)
+        if student is None or not np.isfinite(student.logits).all():
+            return figures
+        if student.logits.shape[1] > 1:
+            figures[f"{prefix}_entropy"] = mean_entropy(student.logits)
+        teacher = self.teacher(student)
+        if teacher is not None and np.isfinite(teacher.logits).all() and (common := student.at(teacher)) is not None:
+            figures[f"{prefix}_agreement"] = agreement(common.logits, teacher.logits)
+        return figures
+
 
 def last_scores(log_history: Sequence[Mapping]) -> dict[str, float]:
     """The scores that a log holds of evaluations, student's and teacher's: the last of each."""

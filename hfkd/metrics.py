@@ -8,7 +8,7 @@ import numpy as np
 import sklearn.metrics
 import torch
 from datasets import Features, Value
-from scipy.special import softmax
+from scipy.special import log_softmax, softmax
 from scipy.stats import ConstantInputWarning, pearsonr, spearmanr
 from transformers import EvalPrediction
 
@@ -276,6 +276,31 @@ def expected_calibration_error(logits, labels, *, bins: int = 15) -> float:
     """
     samples, confidence, accuracy = reliability(logits, labels, bins=bins)
     return float(np.sum(samples * np.abs(accuracy - confidence)) / samples.sum())
+
+
+def mean_entropy(logits) -> float:
+    r"""How unsure a model is: the entropy of its answers, on average over the samples, in nats.
+
+    .. math:: -\frac{1}{N} \sum_i \sum_c p_{ic} \log p_{ic}
+
+    Args:
+        logits: (N, C) unnormalised scores, C at least 2.
+
+    Returns:
+        A number in [0, log C].
+
+    Raises:
+        ValueError: If there is no sample or only one class, or a score is not finite.
+
+    >>> round(mean_entropy([[0.0, 0.0], [99.0, 0.0]]), 4)  # half of log 2
+    0.3466
+    """
+    logits = _scores(logits)
+    if logits.ndim != 2 or logits.shape[1] < 2 or not len(logits):
+        raise ValueError(
+            f"entropy is about logits (N, C) of at least 2 classes, got {logits.shape}: a regression has none"
+        )
+    return float(-np.sum(softmax(logits, axis=1) * log_softmax(logits, axis=1), axis=1).mean())
 
 
 def agreement(first, second) -> float:

@@ -62,6 +62,7 @@ KEYS = {"example", "output", "flags", "teachers", "methods", "seeds", "baseline"
 OURS = ("seed", "output_dir", "resume_from_checkpoint")
 SETTINGS, FINISHED = "settings.json", "run.json"
 CONFIDENCE = 0.95
+VARIABLE = re.compile(r"\$([A-Za-z_]\w*)")
 
 
 @dataclass(frozen=True)
@@ -94,11 +95,13 @@ class Run:
 
     def words(self) -> list[str]:
         """The command line behind the example's name."""
-        return words_of({**self.settings["flags"], "output_dir": str(self.folder)})
+        return [*expanded(words_of(self.settings["flags"])), "--output_dir", str(self.folder)]
 
     def command(self) -> str:
-        """What trains it, as a line for a shell."""
-        return f"python examples/run_{self.settings['example']}_kd.py {shlex.join(self.words())}"
+        """What trains it, as a line for a shell, which puts variables in place itself."""
+        words = [quoted(word) for word in words_of(self.settings["flags"])]
+        words += ["--output_dir", shlex.quote(str(self.folder))]
+        return f"python examples/run_{self.settings['example']}_kd.py {' '.join(words)}"
 
     @property
     def log(self) -> Path:
@@ -106,6 +109,22 @@ class Run:
 
     def report(self) -> dict:
         return json.loads((self.folder / FINISHED).read_text(encoding="utf-8"))
+
+
+def expanded(words: Sequence[str]) -> list[str]:
+    """The words with $NAME replaced by what the environment holds; what is kept of a run has the name alone."""
+
+    def value(match: re.Match) -> str:
+        if not os.environ.get(match[1]):
+            raise ValueError(f"{match.string} needs the variable {match[1]}: export {match[1]}=FOLDER first")
+        return os.environ[match[1]]
+
+    return [VARIABLE.sub(value, word) for word in words]
+
+
+def quoted(word: str) -> str:
+    """The word for a shell, which is to put variables in place."""
+    return '"' + re.sub(r'([\\"`])', r"\\\1", word) + '"' if VARIABLE.search(word) else shlex.quote(word)
 
 
 def flat(settings: dict) -> dict:
@@ -238,9 +257,10 @@ def train(folder: Path, settings: dict, name: str) -> None:
         example = EXAMPLES[settings["example"]]
         results = example.run(*parse_arguments(types_of(example), words))
         state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        curve = validation_curve(state["log_history"])
         report = {
-            "results": results,
-            "validation": validation_curve(state["log_history"]),
+            "results": {**results, **spreads(curve)},
+            "validation": curve,
             "resumed": resumes,
             "command": run.command(),
             **machine(),
@@ -258,6 +278,17 @@ def validation_curve(log_history: list[dict]) -> list[dict]:
         if len(found) > 2:
             curve.setdefault(row["step"], found)
     return list(curve.values())
+
+
+def spreads(curve: list[dict]) -> dict[str, float]:
+    """How much each score still moves in the last third of its curve: the sample standard deviation there."""
+    last = curve[-max(2, math.ceil(len(curve) / 3)) :]
+    names = [] if len(last) < 2 else [name for name in last[-1] if name.startswith("eval_")]
+    return {
+        f"{name}_spread": statistics.stdev(row[name] for row in last)
+        for name in names
+        if not name.endswith(("_runtime", "_per_second")) and all(name in row for row in last)
+    }
 
 
 def machine() -> dict:
@@ -342,7 +373,7 @@ def warm(runs: Sequence[Run]) -> None:
         log = run.log.with_name(f"warm-{run.name}.log")
         script = ROOT / "scripts" / "warm_teacher_cache.py"
         folder = run.folder.parent.parent / "logs" / "nothing"
-        words = words_of({**flags, "output_dir": str(folder)})
+        words = [*expanded(words_of(flags)), "--output_dir", str(folder)]
         process = start([str(script), f"run_{run.settings['example']}_kd", *words], log, dict(os.environ))
         try:
             status = process.wait()
@@ -377,7 +408,7 @@ def default_metric(study: dict) -> str:
 
 
 def is_lower_better(metric: str) -> bool:
-    return metric.endswith(("loss", "mse", "ece"))
+    return metric.endswith(("loss", "mse", "ece", "spread"))
 
 
 def default_baseline(study: dict) -> str | None:
@@ -392,13 +423,15 @@ def default_baseline(study: dict) -> str | None:
 def leaderboard(runs: Sequence[Run], metric: str, baseline: str | None) -> list[dict]:
     """A row for each method that has finished runs, the best first."""
     reports: dict[str, dict[int, dict]] = {}
+    known = {}
     for run in runs:
         if run.state() == "finished":
             report = run.report()
-            if metric not in report["results"]:
-                known = ", ".join(name for name in report["results"] if name.startswith(("eval_", "test_")))
-                raise ValueError(f"{run.name} has no {metric}: set metric: to one of {known}")
-            reports.setdefault(run.method, {})[run.seed] = report
+            known |= {name: None for name in report["results"] if name.startswith(("eval_", "test_"))}
+            if metric in report["results"]:
+                reports.setdefault(run.method, {})[run.seed] = report
+    if known and not reports:
+        raise ValueError(f"no run has {metric}: set metric: to one of {', '.join(known)}")
     scores = {name: {seed: r["results"][metric] for seed, r in found.items()} for name, found in reports.items()}
     flags = {run.method: run.settings["flags"] for run in runs}
     rows = []
@@ -439,7 +472,8 @@ def number(value: float | None, scale: float = 1.0, form: str = ".2f") -> str:
 
 def scale_of(metric: str) -> tuple[float, str]:
     """By what a score is multiplied where people read it, and its unit."""
-    return (1.0, "") if is_lower_better(metric) or metric.endswith("entropy") else (100.0, "%")
+    plain = ("entropy", "loss", "mse", "ece", "loss_spread", "mse_spread")
+    return (1.0, "") if metric.endswith(plain) else (100.0, "%")
 
 
 def cells(row: dict, metric: str) -> dict[str, str]:
@@ -505,6 +539,8 @@ def write_csv(path: Path, rows: list[dict], baseline: str | None) -> None:
 def notes_on(rows: list[dict], runs: Sequence[Run], metric: str, baseline: str | None) -> list[str]:
     """What a reader must know of the figures."""
     unfinished = [run.name for run in runs if run.state() != "finished"]
+    shown = {(row["method"], seed) for row in rows for seed in row["scores"]}
+    lacking = [run.name for run in runs if run.name not in unfinished and (run.method, run.seed) not in shown]
     memory = ", ".join(sorted({row["memory_of"] for row in rows}))
     notes = [
         f"{metric.replace('_', ' ')} at the last epoch: mean ± sample standard deviation over the seeds.",
@@ -515,6 +551,8 @@ def notes_on(rows: list[dict], runs: Sequence[Run], metric: str, baseline: str |
         f"Time is the wall clock of training, without runs that were resumed; memory the largest peak of any run "
         f"({memory}).",
     ]
+    if lacking:
+        notes.append(f"Finished, but without {metric.replace('_', ' ')}: {', '.join(lacking)}.")
     if unfinished:
         notes.append(f"Not run, or not finished: {', '.join(unfinished)}.")
     return notes
@@ -548,6 +586,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="Folder of the runs and the leaderboard, in place of the file's.")
     parser.add_argument("--seeds", type=int, nargs="+", help="In place of the file's.")
     parser.add_argument("--only", nargs="+", metavar="METHOD", help="Run these alone; the leaderboard shows all.")
+    parser.add_argument("--metric", help="What the leaderboard ranks by, in place of the file's.")
+    parser.add_argument("--baseline", metavar="METHOD", help="Whom differences are to, in place of the file's.")
     parser.add_argument("--jobs", type=int, default=1, help="Runs at a time; they share the threads.")
     parser.add_argument("--dry_run", action="store_true", help="Check all flags and print the commands.")
     parser.add_argument("--rerun_changed", action="store_true", help="Make runs anew whose settings have changed.")
@@ -565,6 +605,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.seeds:
         check_seeds(arguments.seeds)
         study["seeds"] = arguments.seeds
+    study |= {name: value for name in ("metric", "baseline") if (value := getattr(arguments, name)) is not None}
     output = arguments.output or Path(study.get("output") or f"outputs/{arguments.study.stem}")
     for name in (*(arguments.only or ()), *filter(None, [study.get("baseline")])):
         if name not in study["methods"]:

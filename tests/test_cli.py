@@ -8,7 +8,7 @@ import pytest
 
 from hfkd import DistillationTrainingArguments, cli
 from hfkd.cli import explain_refusals, parse_arguments
-from hfkd.distillers import make_distiller
+from hfkd.distillers import CRD, Combined, make_distiller
 
 
 @dataclass
@@ -82,6 +82,22 @@ def test_a_distiller_is_found_in_any_case_and_its_arguments_are_checked():
         make_distiller("wtm")
     with pytest.raises(ValueError, match=r"KD\(alpha.*cannot be made so.*gamma"):
         make_distiller("kd", gamma=1)
+
+
+def test_methods_with_a_plus_between_them_are_combined():
+    both = make_distiller("WTTM+crd", wttm={"gamma": 0.2})
+    assert (type(both), list(both.parts), both.task_from) == (Combined, ["wttm", "crd"], "wttm")
+    assert (both.parts["wttm"].gamma, both.parts["crd"].weight) == (0.2, CRD().weight)
+    with pytest.raises(ValueError, match="unknown distiller 'crt'"):
+        make_distiller("wttm+crt")
+    with pytest.raises(ValueError, match=r"gamma: .* a table for each of wttm, crd"):
+        make_distiller("wttm+crd", gamma=0.2)
+    with pytest.raises(ValueError, match="dkd: .* a table for each of wttm, crd"):
+        make_distiller("wttm+crd", dkd={})
+    with pytest.raises(ValueError, match="names a method twice"):
+        make_distiller("kd+KD")
+    with pytest.raises(ValueError, match=r"WTTM\(gamma.*cannot be made so"):
+        make_distiller("wttm+crd", wttm={"alpha": 0.2})
 
 
 def exit_of(capsys, work):

@@ -149,7 +149,7 @@ def test_the_files_say_the_same_and_name_what_was_not_run(compare, scored):
 
 
 def test_a_metric_that_is_not_there_lists_those_that_are(compare, scored):
-    with pytest.raises(ValueError, match="alone-0 has no test_f1: set metric: to one of test_accuracy, test_loss"):
+    with pytest.raises(ValueError, match="no run has test_f1: set metric: to one of test_accuracy, test_loss"):
         compare.leaderboard(scored[2], "test_f1", None)
 
 
@@ -228,6 +228,27 @@ def test_a_dry_run_prints_commands_and_leaves_nothing(compare, tmp_path, capsys)
     assert not output.exists()
 
 
+def test_variables_are_put_in_place_and_what_is_kept_has_their_names(compare, tmp_path, monkeypatch, capsys):
+    methods = {"KD": {"teacher": "$HFKD_DATA_DIR/teachers/big", "student": "$SMALL", "distiller": "kd"}}
+    path, output = study(tmp_path, methods=methods)
+    monkeypatch.setenv("HFKD_DATA_DIR", "/a folder")
+    monkeypatch.delenv("SMALL", raising=False)
+    with pytest.raises(ValueError, match=r"KD-0: \$SMALL needs the variable SMALL: export SMALL="):
+        compare.main([str(path), "--dry_run"])
+    monkeypatch.setenv("SMALL", "resnet8")
+    (run,) = planned(compare, path, output)
+    words = run.words()
+    assert words[words.index("--teacher") + 1] == "/a folder/teachers/big"
+    assert words[words.index("--student") + 1] == "resnet8"
+    assert run.settings["flags"]["teacher"] == "$HFKD_DATA_DIR/teachers/big"
+    assert '--teacher "$HFKD_DATA_DIR/teachers/big"' in run.command()
+    # A shell makes the same words of the command.
+    shell = subprocess.run(
+        f"printf '%s\\n' {run.command()}", shell=True, capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    assert shell.stdout.splitlines()[2:] == words
+
+
 # What is there already
 
 
@@ -291,6 +312,18 @@ def test_a_run_without_a_whole_checkpoint_starts_again(compare, tmp_path):
     assert report["results"]["train_runtime"] > 0
 
 
+def test_a_teacher_that_learns_too_is_not_scored(compare, tmp_path, teacher):
+    update = {"distiller": "kdaif", "distiller_kwargs": {"teacher_update": "weighted"}, "teacher_cache": False}
+    flags = {**TINY, "teacher": teacher, "held_out_fraction": 0.1}
+    path, output = study(tmp_path, flags=flags, methods={"KD": {"distiller": "kd"}, "update": update})
+    for run in planned(compare, path, output):
+        compare.train(run.folder, run.settings, run.name)
+        results = run.report()["results"]
+        assert "test_entropy" in results
+        for name in ("teacher_test_accuracy", "test_agreement"):
+            assert (name in results) == (run.method == "KD")
+
+
 def test_from_the_command_line_a_failed_run_is_reported_and_the_others_go_on(tmp_path, teacher):
     methods = {"broken": {"teacher": None, "student": "no-such-net"}, "KD": {"distiller": "kd"}}
     path, output = study(tmp_path, methods=methods, flags={**TINY, "teacher": teacher, "num_train_epochs": 1})
@@ -344,6 +377,35 @@ def test_a_study_of_texts_cuts_its_students_out_of_its_teacher(compare, tmp_path
         "leaderboard.html",
     ]
     assert runs[1].report()["results"]["teacher_cache_misses"] > 0
+
+
+def test_the_spread_is_of_the_last_third(compare):
+    curve = [
+        {"epoch": i, "step": i, "eval_accuracy": a, "eval_runtime": 1.0 * i} for i, a in enumerate([0, 0, 0.9, 0.5])
+    ]
+    assert compare.spreads(curve) == pytest.approx({"eval_accuracy_spread": 0.4 / 2**0.5}, rel=1e-12)
+    longer = [{"eval_loss": loss} for loss in (9, 9, 9, 9, 4, 2, 6)]
+    assert compare.spreads(longer) == {"eval_loss_spread": 2.0}
+    assert compare.spreads(curve[:1]) == compare.spreads([]) == {}
+
+
+def test_another_metric_or_baseline_draws_anew(compare, tmp_path):
+    path, output = study(tmp_path, methods={"KD": {"distiller": "kd"}, "TTM": {"distiller": "ttm"}}, seeds=[0, 1])
+    for i, run in enumerate(planned(compare, path, output)):
+        finish(compare, run, 0.5, test_entropy=0.1 * 2**i, **({"test_agreement": 0.5} if i == 1 else {}))
+    assert compare.main([str(path)]) == 0
+    assert json.loads((output / "results.json").read_text())["metric"] == "test_accuracy"
+    assert compare.main([str(path), "--metric", "test_entropy", "--baseline", "TTM"]) == 0
+    assert json.loads((output / "results.json").read_text())["baseline"] == "TTM"
+    (line,) = [line for line in (output / "leaderboard.md").read_text().splitlines() if line.startswith("| KD")]
+    assert "0.25 ± 0.21" in line  # 0.1 and 0.4
+    assert "-0.25" in line  # 0.2 and 0.8
+    assert compare.main([str(path), "--metric", "test_agreement"]) == 0
+    board = (output / "leaderboard.md").read_text()
+    assert r"Finished, but without test agreement: KD-0, KD-1, TTM-1." in board
+    assert not re.search("^. KD", board, re.M)
+    with pytest.raises(ValueError, match="there is no method 'DKD'"):
+        compare.main([str(path), "--baseline", "DKD"])
 
 
 def test_the_metric_and_the_baseline_are_the_tasks_and_kd(compare):

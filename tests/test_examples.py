@@ -208,6 +208,7 @@ def test_glue_teacher_student_and_predictions(text_teacher, tmp_path):
         tmp_path,
     )
     assert {"eval_accuracy", "test_accuracy", "teacher_test_accuracy"} <= set(results(tmp_path))
+    assert {"eval_entropy", "test_entropy", "eval_agreement", "test_agreement"} <= set(results(tmp_path))
     student = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     assert student.config.num_hidden_layers == 2
     assert student.config.id2label == {0: "entailment", 1: "not_entailment"}

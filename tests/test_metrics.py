@@ -11,6 +11,7 @@ from datasets import Dataset
 from transformers import EvalPrediction
 
 from hfkd.data import TaskData
+from hfkd.evaluations import Answers, Evaluations
 from hfkd.metrics import (
     agreement,
     compactness,
@@ -18,6 +19,7 @@ from hfkd.metrics import (
     expected_calibration_error,
     load_metric,
     main_metric,
+    mean_entropy,
     reliability,
     separability,
 )
@@ -241,6 +243,48 @@ def test_calibration_of_who_knows_and_who_boasts():
 def test_calibration_that_cannot_be_measured_is_refused(logits, labels, options, message):
     with pytest.raises(ValueError, match=message):
         expected_calibration_error(logits, labels, **options)
+
+
+def test_entropy():
+    logits = np.random.default_rng(3).normal(size=(40, 5)) * 3
+    total = 0.0
+    for row in logits.tolist():
+        odds = [math.exp(value) for value in row]
+        total -= sum(o / sum(odds) * math.log(o / sum(odds)) for o in odds)
+    assert mean_entropy(logits) == pytest.approx(total / 40, rel=1e-12, abs=0)
+    assert mean_entropy(logits) == pytest.approx(scipy.stats.entropy(np.exp(logits), axis=1).mean(), rel=1e-12, abs=0)
+    assert mean_entropy(logits + 700) == pytest.approx(total / 40, rel=1e-9, abs=0)
+    assert mean_entropy(np.ones((3, 7))) == pytest.approx(math.log(7), rel=1e-12, abs=0)
+    assert mean_entropy([[2000.0, 0.0]]) == 0
+
+
+@pytest.mark.parametrize(
+    ("logits", "message"),
+    [(np.zeros((2, 1)), "a regression has none"), (np.zeros((0, 2)), "got"), ([[np.nan, 0.0]], "diverged")],
+)
+def test_entropy_that_cannot_be_measured_is_refused(logits, message):
+    with pytest.raises(ValueError, match=message):
+        mean_entropy(logits)
+
+
+def test_figures_of_answers_are_about_the_samples_that_both_models_saw():
+    dataset, labels = [0, 1, 2, 3], np.array([0, 0, 1, 1])
+    student, teacher = np.random.default_rng(4).normal(size=(2, 4, 3))
+    kept = Evaluations()
+    assert kept.figures("test") == {}
+    kept.student["test"] = Answers(dataset, None, student, labels)
+    assert kept.figures("test") == {"test_entropy": mean_entropy(student)}
+    assert kept.figures("eval") == {}
+    kept.keep_teacher(Answers(dataset, [1, 3], teacher[[1, 3]], labels[[1, 3]]))
+    assert kept.figures("test")["test_agreement"] == agreement(student[[1, 3]], teacher[[1, 3]])
+    kept.keep_teacher(Answers(dataset, None, teacher, labels))
+    both = {"test_entropy": mean_entropy(student), "test_agreement": agreement(student, teacher)}
+    assert kept.figures("test") == both
+    kept.student["test"] = Answers(dataset, None, student[:, :1], labels)
+    kept.keep_teacher(Answers(dataset, None, teacher[:, :1], labels))
+    assert kept.figures("test") == {"test_agreement": agreement(student[:, :1], teacher[:, :1])}
+    kept.student["test"] = Answers(dataset, None, np.full((4, 3), np.nan), labels)
+    assert kept.figures("test") == {}
 
 
 def test_agreement():

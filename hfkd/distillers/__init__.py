@@ -69,9 +69,23 @@ __all__ = [
 def make_distiller(name: str, **kwargs) -> Distiller:
     """A method by the name of its class, in any case: ``make_distiller("wttm", gamma=0.3)``.
 
+    Names with a plus between them are a :class:`Combined` with the task term of the first, and each one's arguments
+    are a table under its name: ``make_distiller("wttm+crd", wttm={"gamma": 0.3})``.
+
     Raises:
         ValueError: If there is no such method (names those there are), or it takes no such argument.
     """
+    parts = name.lower().split("+")
+    if len(parts) > 1:
+        if wrong := [n for n, table in kwargs.items() if n not in parts or not isinstance(table, dict)]:
+            raise ValueError(
+                f"{', '.join(wrong)}: the arguments of {name!r} are a table for each of {', '.join(parts)}, such as "
+                f'{{"{parts[0]}": {{}}}}'
+            )
+        if len(set(parts)) < len(parts):
+            raise ValueError(f"{name!r} names a method twice: Combined, in Python, gives each a name of its own")
+        made = {part: make_distiller(part, **kwargs.get(part, {})) for part in parts}
+        return Combined(made, task_from=parts[0])
     methods = {
         method.lower(): globals()[method]
         for method in __all__
