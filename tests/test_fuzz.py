@@ -20,7 +20,7 @@ from helpers import NUM_LABELS, Rows, Weighted, assert_identical, make_trainer, 
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-import hfkd.report
+import hfkd.report.galleries
 from hfkd.cache import TeacherCache
 from hfkd.checks import check_resume, teacher_column
 from hfkd.cli import parse_arguments
@@ -375,7 +375,7 @@ def test_fuzz_an_influence_table(tmp_path_factory, table, split, data):
     content = data.draw(mutated(table))
     path.write_bytes(content)
     with ours(path, len(content) + 2**18), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hfkd.report, "draw_rows", lambda *_: None)  # which takes a second
+        patch.setattr(hfkd.report.galleries, "draw_rows", lambda *_: None)  # which takes a second
         influence_gallery(split, path, folder / "picture.png", count=2)
 
 

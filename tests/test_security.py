@@ -41,8 +41,10 @@ CALLS = {
     *("execv", "execve", "execvp", "spawnl", "spawnv", "fork", "yaml.load_all", "Unpickler", "set_default_loader"),
 }
 KEYWORDS = {"allow_pickle": True, "weights_only": False, "trust_remote_code": True, "shell": True}
-# A benchmark evaluates its own command line, whose author may run anything here anyway, and starts its opponents.
+# A benchmark evaluates its own command line, whose author may run anything here anyway, and starts its opponents; a
+# comparison starts its runs.
 ALLOWED = {
+    ("scripts/compare_distillers.py", "subprocess"),
     ("benchmarks/method_cost.py", "eval"),
     ("benchmarks/run.py", "subprocess"),
     ("benchmarks/measure.py", "subprocess"),
