@@ -12,6 +12,8 @@ import torch
 from filelock import FileLock
 
 
+# No test asks the real Hub, and out of reach each try is slow.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 TESTS = Path(__file__).parent
 collect_ignore = ["planted_token.py", "hub_stranger.py", "hub_faults.py", "tracked_run.py"]  # scripts
 sys.path.insert(0, str(TESTS))
