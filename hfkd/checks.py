@@ -79,8 +79,7 @@ def check_inputs(
     """Refuse a training set that a model cannot read, by showing it the first samples."""
     inputs = at_model(model, select_inputs(model, batch, prefix))
     if not inputs:
-        columns = getattr(innermost(dataset), "column_names", None)
-        columns = columns if isinstance(columns, list) else list(dataset[0])
+        columns = columns_of(innermost(dataset))
         raise ValueError(
             f"{whose} takes {', '.join(input_names(model)[:4])}, …, and the training set has {', '.join(columns)}: "
             "pass it through hfkd.data.tokenize or hfkd.data.ImageDataset"
@@ -188,6 +187,12 @@ def innermost(dataset: Dataset | None) -> Dataset | None:
     return dataset
 
 
+def columns_of(dataset: Dataset) -> list[str]:
+    """The names of a data set's columns; where it does not tell them, those of its first sample."""
+    names = getattr(dataset, "column_names", None)
+    return names if isinstance(names, list) else list(dataset[0])
+
+
 def dataset_index(dataset: Dataset) -> np.ndarray:
     """The column ``index`` of a data set without running its transforms; 0, 1, … where it does not show one."""
     if isinstance(dataset, datasets.Dataset):
@@ -268,8 +273,7 @@ def check_columns(dataset: Dataset | None, distiller: Distiller) -> None:
             f"{name} looks samples up by {', '.join(distiller.batch_columns)}, and an IterableDataset has no fixed "
             "rows: use a map-style dataset"
         )
-    columns = getattr(dataset, "column_names", None)
-    columns = columns if isinstance(columns, list) else list(dataset[0])
+    columns = columns_of(dataset)
     if "index" in columns and "index" in distiller.batch_columns:
         index, counts = np.unique(dataset_index(dataset), return_counts=True)
         if len(counts) and counts.max() > 1:
@@ -371,8 +375,8 @@ def teacher_column(dataset: Dataset | None, config: PretrainedConfig) -> str | N
     inner = innermost(dataset)
     if inner is None or isinstance(inner, IterableDataset):
         return None
-    columns = getattr(inner, "column_names", None)
-    found = [name for name in TEACHER_COLUMNS if name in (columns if isinstance(columns, list) else list(inner[0]))]
+    columns = columns_of(inner)
+    found = [name for name in TEACHER_COLUMNS if name in columns]
     if len(found) > 1:
         raise ValueError(f"the training set has {' and '.join(found)}: drop one, the student learns from the other")
     if not found:
@@ -426,8 +430,7 @@ def check_cache(args: TrainingArguments, dataset: Dataset | None, teacher: nn.Mo
             "the training set has a transform, which may give other inputs each time: store what it makes with "
             f"dataset.map, or use hfkd.data.ImageDataset, {remedy}"
         )
-    columns = getattr(inner, "column_names", None)
-    if "index" not in (columns if isinstance(columns, list) else list(inner[0])):
+    if "index" not in columns_of(inner):
         raise ValueError(
             "the teacher's answers are kept by the column index, which the training set lacks: add it with "
             f'dataset.add_column("index", list(range(len(dataset)))), {remedy}'
@@ -453,8 +456,7 @@ def check_collator(take: Callable[[], Mapping[str, Tensor]], dataset: Dataset, t
         ValueError: If it is made of other columns, or differs from call to call.
     """
     inner = innermost(dataset)
-    columns = getattr(inner, "column_names", None)
-    columns = columns if isinstance(columns, list) else list(inner[0])
+    columns = columns_of(inner)
     batches = [take() for _ in range(8)]  # a collator may flip a coin for all of a batch
     seen = []
     for name in sorted({name for member in members_of(teacher) for name in input_names(member)}):

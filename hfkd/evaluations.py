@@ -18,7 +18,8 @@ from torch import nn
 from torch.utils.data import Dataset, IterableDataset, Subset
 
 from hfkd.distillers.base import autocast_off
-from hfkd.features import at_model, evaluating, run_model
+from hfkd.features import at_model, evaluating, is_outline, run_model
+from hfkd.metrics import agreement, mean_entropy
 from hfkd.teacher import Teachers
 
 
@@ -87,8 +88,6 @@ class Evaluations:
             ``test_entropy``, not for a regression, and ``test_agreement``, where both models were asked about the same
             samples; nothing where an answer is not finite.
         """
-        from hfkd.metrics import agreement, mean_entropy
-
         figures, student = {}, self.student.get(prefix)
         if student is None or not np.isfinite(student.logits).all():
             return figures
@@ -188,7 +187,7 @@ def latencies(trainer: DistillationTrainer) -> tuple[float | None, float | None]
         with evaluating(trainer.model):
             student = milliseconds(lambda: run_model(trainer.model, batch))
         teacher_model, teacher = trainer.teacher_model, None
-        if teacher_model is not None and not next(teacher_model.parameters()).is_meta:
+        if teacher_model is not None and not is_outline(teacher_model):
             sources = trainer.teacher.members if isinstance(trainer.teacher, Teachers) else [trainer.teacher]
             members = [(teacher_model, None) if source is None else (source.model, source.dtype) for source in sources]
             with evaluating(teacher_model):

@@ -150,7 +150,7 @@ def _shapes(folder: Path) -> dict[str, list[int]]:
     shapes = {}
     for path in sorted(folder.glob("*model*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118, it is no dict
+            shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # it is no dict
     return shapes
 
 

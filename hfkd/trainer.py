@@ -198,8 +198,7 @@ class _Hooks(TrainerCallback):
         self.trainer._term_sums, self.trainer._term_count = {}, 0
         self.trainer._cache_counts_before = self.trainer._cache_counts()
         self.trainer._find_best_checkpoint()
-        self.trainer._check_best_metric()
-        self.trainer._report_teacher()
+        self.trainer._report_teacher(self.trainer._check_best_metric())
         self.trainer.distiller.on_train_begin(self.trainer.context)
 
     def on_epoch_begin(self, args, state, control, **kwargs):
@@ -890,7 +889,8 @@ class DistillationTrainer(SavingTrainer):
             figures = self.cache.figures(hits, misses, asking_seconds, store_seconds)
         return broadcast_object_list([figures])[0]
 
-    def _report_teacher(self) -> None:
+    def _report_teacher(self, student: tuple[np.ndarray, ...] | None) -> None:
+        """Score the teacher before the first step; ``student`` is what the student answered, where it was asked."""
         if self.label_scale != 1:
             self.log({"label_scale": self.label_scale})
         if self.cache is not None and self.cache.views:
@@ -898,16 +898,16 @@ class DistillationTrainer(SavingTrainer):
         if isinstance(self.teacher, ColumnTeacher):  # which says nothing about the evaluation set
             answers = self._answers(self._ask_teacher, self.train_dataset, max_samples=1000)
             self.log({f"teacher_train_{name}": value for name, value in self._score(*answers[:2]).items()})
-            self._judge_teacher(answers, self.train_dataset)
+            self._judge_teacher(answers, lambda: self._student_answers(self.train_dataset))
         elif self.teacher is not None and not self._saves_teacher and self.eval_dataset is not None:
             answers = self._teacher_answers(max_samples=1000)
             score = self._score(*answers[:2])
             self.log({f"teacher_{name}": value for name, value in score.items()})
             if self.cache is not None and self.is_world_process_zero():
                 self.cache.note_score(score)
-            self._judge_teacher(answers)
+            self._judge_teacher(answers, lambda: student or self._student_answers())
 
-    def _judge_teacher(self, answers: tuple[np.ndarray, ...], dataset: Dataset | None = None) -> None:
+    def _judge_teacher(self, answers: tuple[np.ndarray, ...], of_student: Callable) -> None:
         """Warn before the first step of a teacher that is no better than a guess, or than the student already is."""
         _, labels, merits = answers
         is_regression = self.problem_type == "regression"
@@ -917,7 +917,7 @@ class DistillationTrainer(SavingTrainer):
         guess = -float(labels[known].var()) if is_regression else 1 / self.model.config.num_labels
         rivals = {"a guess": guess}
         if not head_looks_new(self.model):  # otherwise it guesses
-            rivals["the student already"] = float(self._student_answers(dataset)[2][known].mean())
+            rivals["the student already"] = float(of_student()[2][known].mean())
         teacher, rival = float(merits[known].mean()), max(rivals, key=rivals.get)
         if teacher < rivals[rival] and self.is_world_process_zero():
             told = (
@@ -937,18 +937,24 @@ class DistillationTrainer(SavingTrainer):
         with evaluating(self._module):
             return self._answers(self._module.predict, dataset, max_samples=1000)
 
-    def _check_best_metric(self) -> None:
-        """Refuse a metric to choose by that will not be there at the end of the first epoch."""
+    def _check_best_metric(self) -> tuple[np.ndarray, ...] | None:
+        """Refuse a metric to choose by that will not be there at the end of the first epoch.
+
+        Returns:
+            The student's answers, where it was asked.
+        """
         name = (self.args.metric_for_best_model or "loss").removeprefix("eval_")
         one_set = self.eval_dataset is not None and not isinstance(self.eval_dataset, dict)
         if name == "loss" or not one_set or not self._has_metrics or self.state.global_step:
-            return
-        score = self._score(*self._student_answers()[:2])
+            return None
+        answers = self._student_answers()
+        score = self._score(*answers[:2])
         if score and not {name, f"eval_{name}"} & {*score}:
             raise ValueError(
                 f"metric_for_best_model is {name!r}, and compute_metrics gives {', '.join(score)}: choose one of these"
                 ", or loss"
             )
+        return answers
 
     def evaluate_teacher(self, dataset: Dataset | None = None, max_samples: int | None = None) -> dict[str, float]:
         """Score the frozen teacher as the student is scored; a teacher's cache keeps what it says here too.

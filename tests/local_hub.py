@@ -187,7 +187,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         self.answer()
 
-    do_HEAD = do_POST = do_PUT = do_DELETE = do_GET  # noqa: N815, names that http.server asks for
+    do_HEAD = do_POST = do_PUT = do_DELETE = do_GET  # names that http.server asks for
 
     def answer(self):
         self.body, url = self.read_body(), urlsplit(self.path)
