@@ -21,7 +21,7 @@ from helpers import (
     weights,
 )
 from torch import nn
-from transformers import ViTImageProcessor
+from transformers import TrainerCallback, ViTImageProcessor
 
 from hfkd import TeacherEnsemble
 from hfkd.data import DistillationCollator, ImageDataset
@@ -391,3 +391,26 @@ def test_methods_and_data_that_a_column_cannot_teach_are_refused(tmp_path):
     numbers = rows("bert").with_columns(labels=torch.randn(16), teacher_probabilities=torch.ones(16, 1))
     with pytest.raises(ValueError, match="regression has no probabilities"):
         make_trainer(tmp_path, tiny("bert", num_labels=1), None, KD(), numbers)
+
+
+def test_before_the_first_step_the_student_answers_once(tmp_path):
+    """For the metric to choose by, and beside the teacher."""
+    data = rows("bert", 8, seed=1)
+    trainer = make_trainer(
+        tmp_path,
+        tiny_teacher("bert", seed=3),
+        tiny_teacher("bert"),
+        max_steps=1,
+        metric_for_best_model="accuracy",
+        trainer={"eval_dataset": data, "compute_metrics": lambda _: {"accuracy": 0.5}},
+    )
+    seen = []
+
+    class Begun(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            asked.remove()
+
+    trainer.add_callback(Begun())
+    asked = trainer.model.register_forward_hook(lambda module, inputs, output: seen.append(len(output.logits)))
+    trainer.train()
+    assert sum(seen) == 8
