@@ -400,6 +400,7 @@ def test_before_the_first_step_the_student_answers_once(tmp_path):
         tmp_path,
         tiny_teacher("bert", seed=3),
         tiny_teacher("bert"),
+        dataset=rows("bert"),
         max_steps=1,
         metric_for_best_model="accuracy",
         trainer={"eval_dataset": data, "compute_metrics": lambda _: {"accuracy": 0.5}},
