@@ -17,6 +17,7 @@ from hfkd.distillers.nkd import nkd_loss
 from hfkd.distillers.pkt import pkt_loss
 from hfkd.distillers.reviewkd import hierarchical_context_loss
 from hfkd.distillers.rkd import rkd_loss
+from hfkd.distillers.small_loss import small_loss_weights
 from hfkd.distillers.sp import sp_loss
 from hfkd.distillers.standardized_logits import standardize_logits
 from hfkd.distillers.tf_kd import virtual_kd_loss
@@ -47,6 +48,7 @@ __all__ = [
     "picd_loss",
     "pkt_loss",
     "rkd_loss",
+    "small_loss_weights",
     "sp_loss",
     "standardize_logits",
     "tckd_loss",

@@ -48,8 +48,9 @@ def test_every_option_is_named_with_its_default(method):
 @every_method
 def test_what_it_needs_and_couples_is_what_its_class_says(method):
     needs, coupled = line(method, "Needs"), line(method, "Batch-coupled").split()[0].strip(".,:;")
-    # A wrapper is coupled where its base is, and a combination where a part is.
-    assert coupled == ("as" if issubclass(method, (Wrapper, Combined)) else "yes" if method.batch_coupled else "no")
+    # A wrapper that is not of its own is coupled where its base is, and a combination where a part is.
+    depends = issubclass(method, (Wrapper, Combined))
+    assert coupled == ("yes" if method.batch_coupled else "as" if depends else "no")
     assert "class indices" in needs or not method.needs_hard_labels
     assert ("column `index`" in needs) == ("index" in method.batch_columns)
     assert ("Also regression" in needs) == ("regression" in method.problem_types)

@@ -41,9 +41,9 @@ def load_image_data(
     Args:
         dataset: ``"cifar10"``, ``"cifar100"`` (fine labels), ``"svhn"``, ``"digits"`` (scikit-learn's 1,797 real
             8x8 images, a fixed fifth of them as test), or a Hub id. With ``data_dir`` any name.
-        data_dir: Folder with ``train*.parquet`` and perhaps ``validation*`` and ``test*`` (also in its ``data`` or the
-            set's subfolder), or with images as ``train/<class>/*.png``, ``test/<class>/*.png``. Images with no class
-            folders are unlabelled.
+        data_dir: Folder with ``train*.parquet`` and perhaps ``validation*``, ``test*`` and ``held_out*`` (also in its
+            ``data`` or the set's subfolder), or with images as ``train/<class>/*.png``, ``test/<class>/*.png``. Images
+            with no class folders are unlabelled.
         validation_fraction: This and the following: see :class:`hfkd.data.splits.SplitOptions`.
         held_out_fraction: Idem.
         labels: Idem.

@@ -12,7 +12,7 @@ from hfkd.models.loading import check_hub_id
 
 
 # "train-00000-of-00001.parquet", with the hash that older uploads carry, or plain "train.parquet".
-_SPLIT_FILE = re.compile(r"(train|validation|valid|val|dev|test)(_matched|_mismatched)?(?![a-z])")
+_SPLIT_FILE = re.compile(r"(train|validation|valid|val|dev|test|held_out)(_matched|_mismatched)?(?![a-z])")
 _ALIASES = {"valid": "validation", "val": "validation", "dev": "validation"}
 
 
@@ -71,14 +71,14 @@ def load_files(kind: str, paths: list[str], **options) -> Dataset:
 
 
 def usual_splits(splits: dict[str, Dataset]) -> dict[str, Dataset]:
-    """Train, validation and test; a validation split that comes without a test split is the test split.
+    """Train, validation, test and held-out; a validation split that comes without a test split is the test split.
 
     Raises:
         ValueError: If there is no train split.
     """
     if "train" not in splits:
         raise ValueError(f"there is no train split, only {', '.join(splits)}: add one")
-    usual = {name: splits[name] for name in ("train", "validation", "test") if name in splits}
+    usual = {name: splits[name] for name in ("train", "validation", "test", "held_out") if name in splits}
     if "test" not in usual and "validation" in usual:
         usual["test"] = usual.pop("validation")
     return usual

@@ -22,7 +22,8 @@ class SplitOptions:
         validation_fraction: Share of the labelled training samples cut off as validation, stratified by label;
             without effect on a set that brings validation and test files. 0 keeps all for training and leaves
             ``validation`` empty.
-        held_out_fraction: Share of the labelled training samples cut off as ``held_out``, likewise.
+        held_out_fraction: Share of the labelled training samples cut off as ``held_out``, likewise; 0 for a set that
+            brings a file of them.
         labels: Label budget: this many training samples, in proportion to the classes and at least one of each, keep
             their label; the others stay as unlabelled.
         label_noise: Share of the labelled training samples whose label is changed (an exact count).
@@ -200,7 +201,8 @@ def make_task_data(
 
     Args:
         task: Name of the task.
-        splits: Raw splits: ``"train"``, perhaps ``"validation"`` (then none is cut) and ``"test"``; others are extra.
+        splits: Raw splits: ``"train"``, perhaps ``"validation"`` and ``"held_out"`` (which are cut from it otherwise)
+            and ``"test"``; others are extra.
         content: The columns to keep and their new names.
         options: See :class:`SplitOptions`.
         label_names: Class names that the data must agree with, where they are known beforehand.
@@ -213,6 +215,8 @@ def make_task_data(
     for name, split in splits.items():
         if len(split) == 0:
             raise ValueError(f"the {name} split of {task} is empty: check its files")
+    if "held_out" in splits and options.held_out_fraction:
+        raise ValueError(f"{task} brings a held_out split of its own: leave out held_out_fraction, or that split")
     labels, label_names = _read_labels(splits, label_names, missing)
     for name in hidden:
         labels[name][:] = UNLABELLED

@@ -24,6 +24,7 @@ from hfkd.distillers.pkt import PKT
 from hfkd.distillers.reviewkd import ReviewKD
 from hfkd.distillers.rkd import RKD
 from hfkd.distillers.self_distillation import SelfDistillation
+from hfkd.distillers.small_loss import SmallLoss
 from hfkd.distillers.sp import SP
 from hfkd.distillers.standardized_logits import StandardizedLogits
 from hfkd.distillers.tf_kd import TfKD
@@ -59,6 +60,7 @@ __all__ = [
     "ModelOutputs",
     "ReviewKD",
     "SelfDistillation",
+    "SmallLoss",
     "StandardizedLogits",
     "StudentAlone",
     "TfKD",

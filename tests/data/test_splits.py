@@ -85,6 +85,14 @@ def test_given_validation_is_kept():
     assert data.test["index"][:] == [0, 1]
 
 
+def test_given_held_out_is_kept():
+    data = make(IMBALANCED, {"max_eval_samples": 2, "label_noise": 0.5}, held_out=[2, 1, 0, 0])
+    assert data.held_out["label"][:] == [2, 1, 0, 0]
+    assert len(data.train) == 90
+    with pytest.raises(ValueError, match="brings a held_out split of its own: leave out held_out_fraction"):
+        make(IMBALANCED, {"held_out_fraction": 0.1}, held_out=[2, 1, 0])
+
+
 def test_no_validation():
     data = make(IMBALANCED, {"validation_fraction": 0.0})
     assert len(data.train) == 100
