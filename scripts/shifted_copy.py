@@ -3,7 +3,7 @@
     python scripts/shifted_copy.py DATA/cifar10 outputs/shifted-cifar10
 
 OUTPUT/clean and OUTPUT/shifted have the same training images, less a tenth that is held out, and the same noisy test
-images. The held-out images of the one are clean, those of the other noisy. examples/run_image_kd.py reads both with
+images. The held-out images of the one are clean, those of the other noisy. examples/run_image_kd.py reads both by
 --data_dir, so that weights by influence on either can be compared on data that differ from training's as the test does.
 """
 
@@ -33,7 +33,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data_dir", help="folder with train*.parquet and test*.parquet of images")
     parser.add_argument("output", type=Path)
-    parser.add_argument("--sigma", type=float, default=20.0, help="of the noise, in grey levels (CIFAR-10-C: 10 to 26)")
+    parser.add_argument(
+        "--sigma", type=float, default=20.0, help="of the noise, in grey levels (CIFAR-10-C: 10 to 26)"
+    )
     parser.add_argument("--held_out_fraction", type=float, default=0.1)
     args = parser.parse_args(arguments)
     data = load_image_data(

@@ -52,7 +52,7 @@ def test_what_is_refused_only_behind_the_flags_is_right_too(compare, path, tmp_p
             assert "teacher" not in flags
             continue
         parts = getattr(method, "parts", {"": method}).values()
-        has_held_out = flags.get("held_out_fraction", 0) > 0 or "shifted-cifar10" in flags["data_dir"]
+        has_held_out = flags.get("held_out_fraction", 0) > 0 or "shifted-cifar10" in flags.get("data_dir", "")
         assert has_held_out or KDAIF not in map(type, parts)
         if flags.get("task") == "stsb":
             assert "regression" in method.problem_types

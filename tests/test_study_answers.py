@@ -1,0 +1,118 @@
+"""scripts/study_answers.py and scripts/shifted_copy.py: what they say of studies whose answers are known."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import load_dataset
+from scipy.stats import ttest_rel
+
+from hfkd.data import load_image_data
+from hfkd.models import load_model
+
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def scripts():
+    before = list(sys.path)
+    sys.path.insert(0, str(ROOT / "scripts"))
+    yield importlib.import_module
+    sys.path[:] = before
+    for name in ("study_answers", "shifted_copy", "compare_distillers", "leaderboard", "run_image_kd", "run_glue_kd"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def answers(scripts):
+    return scripts("study_answers")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Digits as files, in the layout that data_dir reads."""
+    folder = tmp_path_factory.mktemp("digits")
+    data = load_image_data("digits", validation_fraction=0)
+    for name in ("train", "test"):
+        getattr(data, name).select(range(200)).remove_columns("index").to_parquet(folder / f"{name}.parquet")
+    return folder
+
+
+def finish(folder, runs):
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text(json.dumps({"runs": runs}))
+
+
+def test_differences_are_paired_and_have_the_t_tests_interval(answers, tmp_path, capsys):
+    first, second = [0.61, 0.64, 0.60, 0.70], [0.60, 0.61, 0.62, 0.65]
+    runs = [
+        {"method": method, "seed": seed, "name": f"{method}-{seed}", "results": {"test_agreement": value}}
+        for method, values in (("DKD", second), ("AEKT", first))
+        for seed, value in reversed(list(enumerate(values)))
+    ]
+    unpaired = {"method": "AEKT", "seed": 9, "name": "AEKT-9", "results": {"test_agreement": 0.0}}
+    finish(tmp_path / "cifar10", [*runs, unpaired])
+    answers.main([str(tmp_path), "--only", "differences", "--output", str(tmp_path / "results" / "answers.json")])
+    (found,) = json.loads((tmp_path / "results" / "answers.json").read_text())
+    expected = ttest_rel(first, second).confidence_interval(0.95)
+    assert (found["low"], found["high"]) == pytest.approx((expected.low, expected.high))
+    assert (found["what"], found["n"]) == ("AEKT − DKD", 4)
+    printed = capsys.readouterr().out
+    assert f"{np.mean(first) - np.mean(second):+.4f} ({expected.low:+.4f} to {expected.high:+.4f})" in printed
+    assert "open: Does AEKT's student agree more with the teacher than DKD's? cifar10-jpeg" in printed
+
+
+def test_wrong_labels_are_found_by_what_ranks_them_highest(answers, images, tmp_path):
+    """The student's own losses are read from its logits; the influence from the last of the tables."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    flags = {"dataset": "digits", "data_dir": str(images), "label_noise": 0.3, "validation_fraction": 0}
+    run = {"method": "KD-AIF", "seed": 0, "name": "KD-AIF-0", "settings": {"flags": flags}, "results": {}}
+    folder = tmp_path / "noise-40"
+    finish(folder, [run])
+    student = load_model("resnet8", num_labels=10)
+    student.save_pretrained(folder / "runs" / "KD-AIF-0")
+    data, clean = (load_image_data(**{**flags, "label_noise": noise}).train for noise in (0.3, 0.0))
+    wrong = np.array(data["label"]) != np.array(clean["label"])
+    assert wrong.sum() == 60
+    (folder / "runs" / "KD-AIF-0" / "influence").mkdir()
+    for epoch, influence in ((8, 1 - wrong), (9, wrong + 0.25 * np.eye(1, 200, np.argmin(wrong))[0])):
+        table = pa.table({"index": data["index"][::-1], "influence": influence[::-1].astype(float)})
+        pq.write_table(table, folder / "runs" / "KD-AIF-0" / "influence" / f"epoch-{epoch:03d}.parquet")
+    answers.main([str(tmp_path), "--output", str(tmp_path / "answers.json")])
+    by_influence, by_loss = json.loads((tmp_path / "answers.json").read_text())
+    assert by_influence["mean"] == 1.0
+    assert 0.3 < by_loss["mean"] < 0.7  # it has learned nothing
+    assert by_loss["low"] is None
+
+
+def test_copies_differ_in_the_noise_alone(scripts, images, tmp_path):
+    scripts("shifted_copy").main([str(images), str(tmp_path), "--sigma", "30"])
+    clean, shifted = (load_image_data("digits", data_dir=tmp_path / name) for name in ("clean", "shifted"))
+
+    def pixels(split):
+        return np.array([np.asarray(image) for image in split["image"]], dtype=float)
+
+    for name in ("train", "test", "validation"):
+        assert np.array_equal(pixels(getattr(clean, name)), pixels(getattr(shifted, name)))
+    assert len(clean.held_out) == len(shifted.held_out) == 20
+    assert clean.held_out["label"][:] == shifted.held_out["label"][:]
+    inner = (pixels(clean.held_out) > 90) & (pixels(clean.held_out) < 165)  # where nothing is cut off
+    moved = (pixels(shifted.held_out) - pixels(clean.held_out))[inner]
+    assert moved.std() == pytest.approx(30, rel=0.15)
+    originals = load_dataset("parquet", data_files=str(images / "test.parquet"), split="train")
+    assert originals["label"][:] == clean.test["label"][:]
+    assert (pixels(originals) != pixels(clean.test)).mean() > 0.3
+    held_out = {np.asarray(image).tobytes() for image in clean.held_out["image"]}
+    assert not held_out & {np.asarray(image).tobytes() for image in clean.train["image"]}
+
+
+def test_copies_need_a_test_split(scripts, images, tmp_path):
+    (tmp_path / "train.parquet").write_bytes((images / "train.parquet").read_bytes())
+    with pytest.raises(SystemExit, match="has no test split"):
+        scripts("shifted_copy").main([str(tmp_path), str(tmp_path / "out")])
