@@ -4,7 +4,7 @@
 
 OUTPUT/clean and OUTPUT/shifted have the same training images, less a tenth that is held out, and the same noisy test
 images. The held-out images of the one are clean, those of the other noisy. examples/run_image_kd.py reads both by
---data_dir, so that weights by influence on either can be compared on data that differ from training's as the test does.
+--data_dir, so that weights by influence on either can be compared on data that differ from training as the test does.
 """
 
 import argparse
