@@ -70,8 +70,9 @@ def gap_alpha(
     Raises:
         ValueError: If gap or reduction is unknown, kappa is not positive, or ``"ce"`` gets no labels.
 
-    Source: arXiv 2509.05319, which computes α from the gap by a formula that is not available to us; these three are
-    our candidates.
+    Source: Li 2025, "Context-Aware Knowledge Distillation with Adaptive Weighting for Image Classification",
+    arXiv 2509.05319, which computes α from the gap by a formula that is not available to us; these three are our
+    candidates.
 
     >>> import torch
     >>> z = torch.tensor([[2.0, 0.0]])

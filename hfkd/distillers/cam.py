@@ -104,8 +104,9 @@ class CAM(Wrapper):
     Raises:
         ValueError: If an argument is out of range, or there are only two classes.
 
-    Source: arXiv 2509.05319, of which only "an MLP with attention that reweights class-wise teacher outputs" is
-    certain. The network's learning rate is 1e-3 unless ``distiller_learning_rate`` is given.
+    Source: Li 2025, "Context-Aware Knowledge Distillation with Adaptive Weighting for Image Classification",
+    arXiv 2509.05319, of which only "MLP + Attention to adaptively reweight class-wise teacher outputs" is certain. The
+    network's learning rate is 1e-3 unless ``distiller_learning_rate`` is given.
     """
 
     needs_teacher = True

@@ -44,7 +44,8 @@ def picd_loss(
     Raises:
         ValueError: If the temperature is not positive, or the reduction is unknown.
 
-    Source: arXiv 2501.07040, whose equations were not available to us.
+    Source: Zhu et al. 2025, "Rethinking Knowledge in Distillation: An In-context Sample Retrieval Perspective",
+    arXiv 2501.07040, whose equations were not available to us.
 
     >>> import torch
     >>> z = torch.tensor([[2.0, 0.0]])

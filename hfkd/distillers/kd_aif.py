@@ -82,8 +82,8 @@ def influence_weights(
     Raises:
         ValueError: If an argument is out of range, or an influence is not finite.
 
-    Source: arXiv 2501.02705 and its released example for ``"exp_minmax"``; sigmoid, scaling and clipping are our
-    reading.
+    Source: Wu et al. 2025, "Knowledge Distillation with Adapted Weight", arXiv 2501.02705, and for ``"exp_minmax"`` its
+    released example; sigmoid, scaling and clipping are our reading.
 
     >>> import torch
     >>> influence_weights(torch.tensor([-1.0, 1.0]), sharpness=0.0)

@@ -25,7 +25,8 @@ def small_loss_weights(losses: Tensor, labels: Tensor, dropped: float | Tensor) 
     Shapes:
         ``losses`` and ``labels``: (B,). Returns (B,), without gradient.
 
-    Source: Han et al. 2018, "Co-teaching", arXiv 1804.06872, algorithm 1 (of one network's own choice).
+    Source: Han et al. 2018, "Co-teaching: Robust Training of Deep Neural Networks with Extremely Noisy Labels", arXiv
+    1804.06872, algorithm 1, of one network alone.
 
     >>> import torch
     >>> small_loss_weights(torch.tensor([0.1, 5.0, 0.3, 0.2]), torch.tensor([0, 1, 2, 3]), 0.25)
