@@ -82,8 +82,8 @@ def influence_weights(
     Raises:
         ValueError: If an argument is out of range, or an influence is not finite.
 
-    Source: Wu et al. 2025, "Knowledge Distillation with Adapted Weight", arXiv 2501.02705, and for ``"exp_minmax"`` its
-    released example; sigmoid, scaling and clipping are our reading.
+    Source: Wu et al. 2025, "Knowledge Distillation with Adapted Weight", arXiv 2501.02705, and its example code for
+    ``"exp_minmax"``; sigmoid, scaling and clipping are our reading.
 
     >>> import torch
     >>> influence_weights(torch.tensor([-1.0, 1.0]), sharpness=0.0)
@@ -231,8 +231,9 @@ class KDAIF(Wrapper):
             ``teacher_update="meta"`` or ``hessian="ekfac"`` on several processes, or ``layers="all"`` under FSDP.
 
     Source: arXiv 2501.02705, equations partly our reading: the released example's sign of φ differs between its
-    notebooks and its queries are test images. Koh and Liang 2017, arXiv 1703.04730, for φ; Pham et al. 2021, arXiv
-    2003.10580, for Meta Pseudo Labels.
+    notebooks and its queries are test images. Koh and Liang 2017, "Understanding Black-box Predictions via
+    Influence Functions", arXiv 1703.04730, for φ; Pham et al. 2021, "Meta Pseudo Labels", arXiv 2003.10580, for the
+    teacher's update.
     """
 
     batch_columns = ("index",)
