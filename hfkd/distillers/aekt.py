@@ -67,8 +67,8 @@ def aekt_loss(
         ValueError: If temperature or max_ratio is out of range, or explicit or the reduction is unknown.
 
     Source: Park and Lee 2024, "Adaptive Explicit Knowledge Transfer for Knowledge Distillation", arXiv 2409.01679,
-    whose analysis of the gradients of TCKD and NCKD holds exactly; the term built on it is our reading: we did not have
-    the paper in full.
+    whose analysis of the gradients of TCKD and NCKD holds exactly; the term built on it is our reading: the paper was
+    not available to us in full.
 
     >>> import torch
     >>> z = torch.tensor([[2.0, 0.0, 1.0]])
