@@ -161,11 +161,11 @@ MEASURES = {
 }
 
 
-def shown(found: dict) -> str:
-    """Mean and interval with as many places as tell something apart."""
+def shown(found: dict, form: str) -> str:
+    """Mean and interval as text."""
     if found["low"] is None:
-        return f"{found['mean']:+.4f} (one pair)"
-    return f"{found['mean']:+.4f} ({found['low']:+.4f} to {found['high']:+.4f})"
+        return f"{found['mean']:{form}} (one seed)"
+    return f"{found['mean']:{form}} ({found['low']:{form}} to {found['high']:{form}})"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -194,7 +194,8 @@ def main(argv: list[str] | None = None) -> None:
                 answers.append({"question": question, "study": study, "what": method, **found})
     print("| question | study | what | mean (95 % interval) | seeds |\n|---|---|---|---|---|")
     for answer in answers:
-        print(f"| {answer['question']} | {answer['study']} | {answer['what']} | {shown(answer)} | {answer['n']} |")
+        value = shown(answer, "+.4f" if " − " in answer["what"] else ".4f")
+        print(f"| {answer['question']} | {answer['study']} | {answer['what']} | {value} | {answer['n']} |")
     for line in open_questions:
         print(f"open: {line}")
     if args.output:
