@@ -24,15 +24,15 @@ import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
 from torch.utils.data import DataLoader
 
+from hfkd.cli import explain_refusals
+from hfkd.data import ImageDataset, load_image_data, processor_for
+from hfkd.features import dataset_features, evaluating
+from hfkd.metrics import compactness, separability
+from hfkd.models import load_model
+
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from compare_distillers import expanded, interval, write_json  # noqa: E402
-
-from hfkd.cli import explain_refusals  # noqa: E402
-from hfkd.data import ImageDataset, load_image_data, processor_for  # noqa: E402
-from hfkd.features import dataset_features, evaluating  # noqa: E402
-from hfkd.metrics import compactness, separability  # noqa: E402
-from hfkd.models import load_model  # noqa: E402
 
 
 # What is asked, of which studies, and the two methods whose difference answers it.
