@@ -420,6 +420,14 @@ def default_baseline(study: dict) -> str | None:
     )
 
 
+def share_kept(results: Sequence[dict], metric: str) -> float | None:
+    """The mean score as a share of the teacher's, where runs report the teacher's and more is better."""
+    pairs = [(r[metric], r[f"teacher_{metric}"]) for r in results if f"teacher_{metric}" in r]
+    if not pairs or is_lower_better(metric) or min(teacher for _, teacher in pairs) <= 0:
+        return None
+    return statistics.fmean(own / teacher for own, teacher in pairs)
+
+
 def leaderboard(runs: Sequence[Run], metric: str, baseline: str | None) -> list[dict]:
     """A row for each method that has finished runs, the best first."""
     reports: dict[str, dict[int, dict]] = {}
@@ -455,6 +463,7 @@ def leaderboard(runs: Sequence[Run], metric: str, baseline: str | None) -> list[
                 "pairs": pairs,
                 "difference": statistics.fmean(pairs.values()) if pairs else None,
                 "interval": interval(list(pairs.values())),
+                "kept": share_kept([r["results"] for r in found.values()], metric),
                 "seconds": statistics.fmean(timed) if timed else None,
                 "memory": max(memory),
                 "memory_of": "GPU" if gpu else "process",
@@ -488,6 +497,7 @@ def cells(row: dict, metric: str) -> dict[str, str]:
         "difference": number(row["difference"], scale, "+.2f"),
         "interval": "–" if low is None else f"{number(low, scale, '+.2f')} to {number(high, scale, '+.2f')}",
         "pairs": str(len(row["pairs"])) if row["pairs"] else "–",
+        "kept": number(row["kept"], 100, ".1f"),
         "seconds": number(row["seconds"], form=".1f"),
         "memory": number(row["memory"], 2**-20, ".0f"),
     }
@@ -503,6 +513,7 @@ def headings(metric: str, baseline: str | None) -> dict[str, str]:
         "difference": f"difference to {baseline}" if baseline else "difference",
         "interval": "95 % interval",
         "pairs": "pairs",
+        "kept": "of the teacher's (%)",
         "seconds": "training (s)",
         "memory": "peak memory (MiB)",
     }
@@ -525,15 +536,16 @@ def write_csv(path: Path, rows: list[dict], baseline: str | None) -> None:
     """Every metric that the example returned, raw, for other programs."""
     metrics = list(dict.fromkeys(name for row in rows for name in row["metrics"]))
     spread = [f"{name}_{what}" for name in metrics for what in ("mean", "std")]
-    head = ["method", "n", "mean", "std", "baseline", "difference", "low", "high", "pairs", "seconds", "memory_bytes"]
+    head = ["method", "n", "mean", "std", "baseline", "difference", "low", "high", "pairs", "kept"]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow([*head, "memory_of", *spread])
+        writer.writerow([*head, "seconds", "memory_bytes", "memory_of", *spread])
         for row in rows:
             low, high = row["interval"] or (None, None)
             figures = [row["n"], row["mean"], row["std"], baseline, row["difference"], low, high, len(row["pairs"])]
             others = [value for name in metrics for value in row["metrics"].get(name, (None, None))]
-            writer.writerow([row["method"], *figures, row["seconds"], row["memory"], row["memory_of"], *others])
+            costs = [row["seconds"], row["memory"], row["memory_of"]]
+            writer.writerow([row["method"], *figures, row["kept"], *costs, *others])
 
 
 def notes_on(rows: list[dict], runs: Sequence[Run], metric: str, baseline: str | None) -> list[str]:

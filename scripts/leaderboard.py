@@ -286,6 +286,7 @@ def write_page(
         "difference": lambda row: row["difference"],
         "interval": lambda row: row["interval"] and row["interval"][0],
         "pairs": lambda row: len(row["pairs"]) or None,
+        "kept": lambda row: row["kept"],
         "seconds": lambda row: row["seconds"],
         "memory": lambda row: row["memory"],
     }

@@ -109,7 +109,9 @@ def scored(compare, tmp_path):
     runs = planned(compare, path, output)
     for run in runs:
         if run.seed in SCORES[run.method]:
-            finish(compare, run, SCORES[run.method][run.seed], resumed=run.name == "KD-2", seconds=10.0 + run.seed)
+            teacher = {"teacher_test_accuracy": 0.75} if run.method == "KD" else {}
+            score = SCORES[run.method][run.seed]
+            finish(compare, run, score, resumed=run.name == "KD-2", seconds=10.0 + run.seed, **teacher)
     return path, output, runs
 
 
@@ -125,8 +127,16 @@ def test_the_leaderboard_pairs_what_shares_a_seed(compare, scored):
     assert len(alone["pairs"]) == 3
     assert (kd["pairs"], kd["difference"], kd["interval"]) == ({}, None, None)
     assert kd["seconds"] == 10.5  # without the one that was resumed
+    assert kd["kept"] == pytest.approx(0.67 / 0.75)
+    assert alone["kept"] is None
     assert kd["metrics"]["test_loss"][0] == pytest.approx(1 - 2.01 / 3)
     assert [row["method"] for row in compare.leaderboard(runs, "test_loss", "KD")] == ["WTTM", "KD", "alone"]
+
+
+def test_nothing_is_kept_of_a_teacher_at_zero_or_of_a_loss(compare):
+    results = [{"test_loss": 0.5, "teacher_test_loss": 0.4, "test_pearson": 0.1, "teacher_test_pearson": 0.0}]
+    assert compare.share_kept(results, "test_loss") is None
+    assert compare.share_kept(results, "test_pearson") is None
 
 
 def test_the_files_say_the_same_and_name_what_was_not_run(compare, scored):
@@ -134,14 +144,16 @@ def test_the_files_say_the_same_and_name_what_was_not_run(compare, scored):
     settings = compare.read_study(path)
     compare.publish(settings, compare.plan(settings, output)[1], output)
     lines = (output / "leaderboard.md").read_text().splitlines()
-    assert "| WTTM | 2 | 72.50 ± 3.54 | +7.00 | -18.41 to +32.41 | 2 | 10.5 | 1024 |" in lines
-    assert "| KD | 3 | 67.00 ± 2.65 | – | – | – | 10.5 | 1024 |" in lines
+    assert "| WTTM | 2 | 72.50 ± 3.54 | +7.00 | -18.41 to +32.41 | 2 | – | 10.5 | 1024 |" in lines
+    assert "| KD | 3 | 67.00 ± 2.65 | – | – | – | 89.3 | 10.5 | 1024 |" in lines
     assert "Not run, or not finished: WTTM-2." in lines
     with (output / "leaderboard.csv").open(newline="") as file:
         table = {row["method"]: row for row in csv.DictReader(file)}
     assert float(table["WTTM"]["mean"]) == pytest.approx(0.725)
     assert float(table["alone"]["test_loss_std"]) == pytest.approx(0.01)
     assert table["KD"]["difference"] == ""
+    assert float(table["KD"]["kept"]) == pytest.approx(0.67 / 0.75)
+    assert float(table["KD"]["seconds"]) == 10.5
     runs = json.loads((output / "results.json").read_text())["runs"]
     assert len(runs) == 8
     assert [row["eval_accuracy"] for row in runs[0]["validation"]] == [0.5, 0.6]
@@ -449,14 +461,14 @@ def test_the_page_sorts_by_click_and_by_key(page, board):
     assert scores == sorted(scores, reverse=True)
     assert len(scores) == 11
     head = page.locator("thead th")
-    assert [head.nth(i).get_attribute("aria-sort") for i in range(8)] == ["none"] * 8
+    assert [head.nth(i).get_attribute("aria-sort") for i in range(9)] == ["none"] * 9
     page.get_by_role("button", name="training (s)").click()
-    seconds = [float(text) for text in column(page, 7)]
+    seconds = [float(text) for text in column(page, 8)]
     assert seconds == sorted(seconds, reverse=True) != sorted(seconds)
     page.get_by_role("button", name="method").focus()
     page.keyboard.press("Enter")
     assert head.nth(0).get_attribute("aria-sort") == "ascending"
-    assert head.nth(6).get_attribute("aria-sort") == "none"
+    assert head.nth(7).get_attribute("aria-sort") == "none"
     names = page.evaluate("[...document.querySelectorAll('tbody tr')].map(row => row.cells[0].dataset.value)")
     assert names == page.evaluate("names => [...names].sort((a, b) => a.localeCompare(b))", names)
     page.keyboard.press("Space")
