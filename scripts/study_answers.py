@@ -37,10 +37,12 @@ from compare_distillers import expanded, interval, write_json  # noqa: E402
 
 # What is asked, of which studies, and the two methods whose difference answers it.
 ON_IMAGES = ("cifar10", "cifar10-jpeg")
+ON_TEXT = tuple(f"glue-{task}" for task in ("mrpc", "rte", "cola", "sst2", "wnli", "qnli", "qqp", "mnli"))
 NOISE = ("noise-00", "noise-20", "noise-40", "noise-60")
 DIFFERENCES = [
     ("Is WTTM's student less sure than TTM's? (entropy, nats)", ON_IMAGES, "test_entropy", "WTTM", "TTM"),
     ("Is WTTM's student less sure than KD's? (entropy, nats)", ON_IMAGES, "test_entropy", "WTTM", "KD 0.9"),
+    ("Is WTTM's student less sure than KD's, of texts? (entropy, nats)", ON_TEXT, "test_entropy", "WTTM", "KD"),
     ("Does α by the gap waver less than 0.9?", ON_IMAGES, "eval_accuracy_spread", "AKD gap", "KD 0.9"),
     ("Does α by the gap waver less than 0.5?", ON_IMAGES, "eval_accuracy_spread", "AKD gap", "KD 0.5"),
     ("Does AEKT's student agree more with the teacher than DKD's?", ON_IMAGES, "test_agreement", "AEKT", "DKD"),
@@ -192,9 +194,10 @@ def main(argv: list[str] | None = None) -> None:
             for method, values in scores.items():
                 found = summary(list(values.values()))
                 answers.append({"question": question, "study": study, "what": method, **found})
+    signed = {question for question, *_ in DIFFERENCES}
     print("| question | study | what | mean (95 % interval) | seeds |\n|---|---|---|---|---|")
     for answer in answers:
-        value = shown(answer, "+.4f" if " − " in answer["what"] else ".4f")
+        value = shown(answer, "+.4f" if answer["question"] in signed else ".4f")
         print(f"| {answer['question']} | {answer['study']} | {answer['what']} | {value} | {answer['n']} |")
     for line in open_questions:
         print(f"open: {line}")
