@@ -1,0 +1,61 @@
+"""docs/results.md: the tables that name their source say what results/ holds."""
+
+import json
+import re
+import statistics
+from functools import cache
+from pathlib import Path
+
+import pytest
+import scipy.stats
+
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+# <!-- results: STUDY:METRIC | STUDY:METRIC - BASELINE --> above a table, one source a column behind the first; the
+# first column is the method's name in the study, or <!-- rows: NAME | NAME --> says which it is.
+TABLES = re.findall(r"<!-- results: (.+?) -->\n(?:<!-- rows: (.+?) -->\n)?\n(\|.+?)\n\n", PAGE, re.DOTALL)
+
+
+@cache
+def scores_of(study: str, method: str, metric: str) -> dict[int, float]:
+    """Per seed, in percent where it is a share."""
+    runs = json.loads((ROOT / "results" / study / "results.json").read_text(encoding="utf-8"))["runs"]
+    factor = 1 if metric.endswith(("loss", "entropy")) else 100
+    return {run["seed"]: factor * run["results"][metric] for run in runs if run["method"] == method}
+
+
+def expected(source: str, method: str) -> str:
+    study, metric, baseline = re.fullmatch(r"([\w-]+):(\w+)(?: - (.+))?", source).groups()
+    if metric == "seeds":
+        return str(len(scores_of(study, method, "train_runtime")))
+    if metric == "kept":
+        metric = baseline
+        shares = scores_of(study, method, metric).values(), scores_of(study, method, f"teacher_{metric}").values()
+        return f"{statistics.fmean(100 * own / teacher for own, teacher in zip(*shares, strict=True)):.1f}"
+    digits = 2 if metric.endswith(("loss", "entropy")) else 1
+    own = scores_of(study, method, metric)
+    if baseline is None:
+        return f"{statistics.fmean(own.values()):.{digits}f} ± {statistics.stdev(own.values()):.{digits}f}"
+    if method == baseline:
+        return "–"
+    base = scores_of(study, baseline, metric)
+    pairs = [own[seed] - base[seed] for seed in own if seed in base]
+    mean = statistics.fmean(pairs)
+    low, high = scipy.stats.t.interval(0.95, len(pairs) - 1, mean, scipy.stats.sem(pairs))
+    return f"{mean:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
+
+
+@pytest.mark.parametrize(("sources", "rows", "table"), TABLES, ids=[sources for sources, _, _ in TABLES])
+def test_a_table_says_what_its_study_found(sources, rows, table):
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    names = [name.strip() for name in rows.split("|")] if rows else [cells[0] for cells in lines]
+    columns = [source.strip() for source in sources.split("|")]
+    for name, (_, *cells) in zip(names, lines, strict=True):
+        assert cells == [expected(source, name) for source in columns], name
+
+
+def test_most_studies_have_such_a_table():
+    shown = {source.split(":")[0].strip() for sources, _, _ in TABLES for source in sources.split("|")}
+    studies = {path.parent.name for path in (ROOT / "results").glob("*/results.json")}
+    assert shown == studies - {"cifar10-recipe"}  # whose columns are methods
