@@ -46,6 +46,7 @@ DIFFERENCES = [
     ("Does α by the gap waver less than 0.9?", ON_IMAGES, "eval_accuracy_spread", "AKD gap", "KD 0.9"),
     ("Does α by the gap waver less than 0.5?", ON_IMAGES, "eval_accuracy_spread", "AKD gap", "KD 0.5"),
     ("Does AEKT's student agree more with the teacher than DKD's?", ON_IMAGES, "test_agreement", "AEKT", "DKD"),
+    ("… with a ratio of at most 2?", ON_IMAGES, "test_agreement", "AEKT ratio 2", "DKD"),
     (
         "Do weights by influence on a shifted split help there, over a clean split?",
         ("shifted",),
