@@ -12,6 +12,7 @@ import scipy.stats
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+KD = "KD"  # the student alone asks no teacher, and all have the same
 # <!-- results: STUDY:METRIC | STUDY:METRIC - BASELINE --> above a table, one source a column behind the first; the
 # first column is the method's name in the study, or <!-- rows: NAME | NAME --> says which it is.
 TABLES = re.findall(r"<!-- results: (.+?) -->\n(?:<!-- rows: (.+?) -->\n)?\n(\|.+?)\n\n", PAGE, re.DOTALL)
@@ -22,7 +23,8 @@ def scores_of(study: str, method: str, metric: str) -> dict[int, float]:
     """Per seed, in percent where it is a share."""
     runs = json.loads((ROOT / "results" / study / "results.json").read_text(encoding="utf-8"))["runs"]
     factor = 1 if metric.endswith(("loss", "entropy")) else 100
-    return {run["seed"]: factor * run["results"][metric] for run in runs if run["method"] == method}
+    own = [run for run in runs if run["method"] == method]
+    return {run["seed"]: factor * run["results"][metric] for run in own}
 
 
 def expected(source: str, method: str) -> str:
@@ -31,10 +33,14 @@ def expected(source: str, method: str) -> str:
         return str(len(scores_of(study, method, "train_runtime")))
     if metric == "kept":
         metric = baseline
-        shares = scores_of(study, method, metric).values(), scores_of(study, method, f"teacher_{metric}").values()
+        if not scores_of(study, method, metric):
+            return "–"
+        shares = scores_of(study, method, metric).values(), scores_of(study, KD, f"teacher_{metric}").values()
         return f"{statistics.fmean(100 * own / teacher for own, teacher in zip(*shares, strict=True)):.1f}"
     digits = 2 if metric.endswith(("loss", "entropy")) else 1
     own = scores_of(study, method, metric)
+    if not own:
+        return "–"
     if baseline is None:
         return f"{statistics.fmean(own.values()):.{digits}f} ± {statistics.stdev(own.values()):.{digits}f}"
     if method == baseline:

@@ -134,7 +134,7 @@ REFUSED = [
     (AEKT, {"beta": -1.0}, "beta must not be negative"),
     (AEKT, {"temperature": 0.0}, "use 1.0 for no softening"),
     (AEKT, {"explicit": "kl"}, "explicit must be one of tckd, nll, confidence, got 'kl'"),
-    (AEKT, {"max_ratio": 0.5}, "max_ratio must be at least 1 and finite, got 0.5: 10 is the default"),
+    (AEKT, {"max_ratio": 0.5}, "max_ratio must be at least 1 and finite, got 0.5: 2 is the default"),
     (AEKT, {"max_ratio": float("inf")}, "max_ratio must be at least 1 and finite"),
     (AEKT, {"order": "both"}, 'order must be "distill_first", "classify_first" or None'),
     (AEKT, {"warm_up": 20}, "it is a share of training, 0 is no warm-up"),
