@@ -119,6 +119,6 @@ def page(browser):
     page.on("pageerror", lambda error: errors.append(str(error)))
     yield page
     context.close()
-    # A page that is left aborts its own open requests (Gradio's stream of events, now and then).
-    errors = [error for error in errors if not error.startswith("AbortError: signal is aborted")]
+    # When its page is left, Gradio's own script now and then aborts the stream of events that it has open.
+    errors = [error for error in errors if not (error.startswith("AbortError: signal") and "/assets/index-" in error)]
     assert not errors, errors

@@ -19,12 +19,14 @@ TABLES = re.findall(r"<!-- results: (.+?) -->\n(?:<!-- rows: (.+?) -->\n)?\n(\|.
 
 
 @cache
+def runs_of(study: str) -> list[dict]:
+    return json.loads((ROOT / "results" / study / "results.json").read_text(encoding="utf-8"))["runs"]
+
+
 def scores_of(study: str, method: str, metric: str) -> dict[int, float]:
     """Per seed, in percent where it is a share."""
-    runs = json.loads((ROOT / "results" / study / "results.json").read_text(encoding="utf-8"))["runs"]
     factor = 1 if metric.endswith(("loss", "entropy")) else 100
-    own = [run for run in runs if run["method"] == method]
-    return {run["seed"]: factor * run["results"][metric] for run in own}
+    return {run["seed"]: factor * run["results"][metric] for run in runs_of(study) if run["method"] == method}
 
 
 def expected(source: str, method: str) -> str:
@@ -33,10 +35,8 @@ def expected(source: str, method: str) -> str:
         return str(len(scores_of(study, method, "train_runtime")))
     if metric == "kept":
         metric = baseline
-        if not scores_of(study, method, metric):
-            return "–"
-        shares = scores_of(study, method, metric).values(), scores_of(study, KD, f"teacher_{metric}").values()
-        return f"{statistics.fmean(100 * own / teacher for own, teacher in zip(*shares, strict=True)):.1f}"
+        own, teacher = scores_of(study, method, metric), scores_of(study, KD, f"teacher_{metric}")
+        return f"{statistics.fmean(100 * own[seed] / teacher[seed] for seed in own):.1f}" if own else "–"
     digits = 2 if metric.endswith(("loss", "entropy")) else 1
     own = scores_of(study, method, metric)
     if not own:
@@ -52,11 +52,18 @@ def expected(source: str, method: str) -> str:
     return f"{mean:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
 
 
+def test_every_table_with_a_source_is_found():
+    assert len(TABLES) == len(re.findall(r"<!--\s*results", PAGE)) > 4
+
+
 @pytest.mark.parametrize(("sources", "rows", "table"), TABLES, ids=[sources for sources, _, _ in TABLES])
 def test_a_table_says_what_its_study_found(sources, rows, table):
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
     names = [name.strip() for name in rows.split("|")] if rows else [cells[0] for cells in lines]
     columns = [source.strip() for source in sources.split("|")]
+    known = {source.split(":")[0].strip() for source in columns}
+    methods = {run["method"] for study in known for run in runs_of(study)}
+    assert set(names) <= methods
     for name, (_, *cells) in zip(names, lines, strict=True):
         assert cells == [expected(source, name) for source in columns], name
 
