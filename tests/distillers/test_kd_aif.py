@@ -92,7 +92,7 @@ def test_influence_is_minus_the_product_of_explicit_gradients(tmp_path, family, 
 @pytest.mark.parametrize(("layers", "hessian"), [("last", "exact"), ("all", "lissa"), ("all", "ekfac")])
 def test_influence_solves_with_the_hessian(tmp_path, layers, hessian):
     """On a linear student, where the last layer is all there is, and EK-FAC nearly exact."""
-    distiller = KDAIF(StudentAlone(), layers=layers, hessian=hessian, damping=0.1, iterations=2000)
+    distiller = KDAIF(StudentAlone(), layers=layers, hessian=hessian, damping=0.1, iterations=600)
     trainer = make_trainer(
         tmp_path,
         linear(3),
