@@ -19,10 +19,11 @@ from accelerate.utils import DynamoBackend, broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
-from torch.utils.data import Dataset, IterableDataset, Subset
+from torch.utils.data import Dataset, IterableDataset, Sampler, SequentialSampler, Subset
 from tqdm.auto import tqdm
 from transformers import EvalPrediction, PreTrainedModel, TrainerCallback, set_seed
-from transformers.trainer_utils import BestRun
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import BestRun, denumpify_detensorize, has_length
 
 from hfkd.cache import TeacherCache, describe, keep_on_host
 from hfkd.checkpoints import (
@@ -186,6 +187,25 @@ class _KeepingOnHost:
 
     def __call__(self, features):
         return keep_on_host(self.collator(features))
+
+
+class _OrderOfEpoch(Sampler):
+    """Another sampler's order, drawn from the seed and the number of the epoch.
+
+    Its own is drawn from the global random state, which a resumed run restores only behind the batches that it skips.
+    """
+
+    def __init__(self, sampler: LengthGroupedSampler, trainer: DistillationTrainer):
+        self.sampler, self.trainer = sampler, trainer
+
+    def __len__(self):
+        return len(self.sampler)
+
+    def __iter__(self):
+        args, epoch = self.trainer.args, self.trainer.context.epoch
+        seed = args.seed if args.data_seed is None else args.data_seed
+        self.sampler.generator = torch.Generator().manual_seed(seed + epoch)
+        return iter(self.sampler)
 
 
 class _Hooks(TrainerCallback):
@@ -761,11 +781,32 @@ class DistillationTrainer(SavingTrainer):
         by_sample = super()._get_collator_with_removed_columns(data_collator, description)
         return _Collator(data_collator, by_sample)
 
-    def _get_dataloader(self, *args, **kwargs):
-        loader = super()._get_dataloader(*args, **kwargs)
+    def _get_dataloader(self, *args, is_training=False, **kwargs):
+        dropping = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = dropping and is_training  # of training alone: every row is scored
+        try:
+            loader = super()._get_dataloader(*args, is_training=is_training, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = dropping
         inner = getattr(loader, "base_dataloader", loader)  # Accelerate's own, which it iterates
         inner.worker_init_fn = partial(outlive, inner.worker_init_fn)
         return loader
+
+    def _get_train_sampler(self, train_dataset=None):
+        sampler = super()._get_train_sampler(train_dataset)
+        return _OrderOfEpoch(sampler, self) if isinstance(sampler, LengthGroupedSampler) else sampler
+
+    def _get_eval_sampler(self, eval_dataset):
+        # Never by length, as transformers does where training is: predictions are in the order of the rows.
+        if eval_dataset is None or not has_length(eval_dataset) or self.args.world_size > 1:
+            return None
+        return SequentialSampler(eval_dataset)
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        # With persistent workers transformers keeps one loader for all sets that have no name.
+        if eval_dataset is None or isinstance(eval_dataset, str) or eval_dataset is self.eval_dataset:
+            return super().get_eval_dataloader(eval_dataset)
+        return self.get_test_dataloader(eval_dataset)
 
     def get_train_dataloader(self):
         collator = self.data_collator
@@ -1044,7 +1085,7 @@ class DistillationTrainer(SavingTrainer):
         if not known.any():
             return {}
         if self._has_metrics:
-            return self.compute_metrics(EvalPrediction(predictions, labels))
+            return denumpify_detensorize(self.compute_metrics(EvalPrediction(predictions, labels)))
         if self.problem_type == "regression":
             return {"mse": float(((predictions.squeeze(-1) - labels)[known] ** 2).mean())}
         return {"accuracy": float((predictions.argmax(-1) == labels)[known].mean())}

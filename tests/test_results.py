@@ -1,5 +1,6 @@
 """docs/results.md: the tables that name their source say what results/ holds."""
 
+import itertools
 import json
 import re
 import statistics
@@ -72,3 +73,16 @@ def test_most_studies_have_such_a_table():
     shown = {source.split(":")[0].strip() for sources, _, _ in TABLES for source in sources.split("|")}
     studies = {path.parent.name for path in (ROOT / "results").glob("*/results.json")}
     assert shown == studies - {"cifar10-recipe"}  # whose columns are methods
+
+
+def test_the_papers_claims_are_answered_by_what_was_found():
+    answers = json.loads((ROOT / "results" / "answers.json").read_text(encoding="utf-8"))
+    found = set()
+    for answer in answers:
+        for factor, digits, sign in itertools.product((1, 100), (1, 2, 3), ("", "+")):
+            found.add(tuple(f"{factor * answer[key]:{sign}.{digits}f}" for key in ("mean", "low", "high")))
+    section = PAGE.split("## The papers' claims")[1].split("\n## ")[0].replace("−", "-")
+    number = r"([+-]?\d+\.\d+)"
+    claims = re.findall(rf"{number}(?: [a-z]+| %)? \({number} to {number}\)", section)
+    assert len(claims) > 15
+    assert [claim for claim in claims if claim not in found] == []

@@ -75,6 +75,14 @@ def test_resuming_in_mid_epoch_under_accumulation_changes_nothing(tmp_path):
     assert_resumes(lambda: learning(tmp_path, "vit", Weighted(), tiny_teacher("vit"), accumulation=2), tmp_path)
 
 
+@pytest.mark.parametrize("strategy", ["group_by_length", "batch_rebalance", "sequential"])
+def test_resuming_knows_the_batches_of_every_order(tmp_path, strategy):
+    def make():
+        return learning(tmp_path, "bert", KD(), tiny_teacher("bert"), train_sampling_strategy=strategy)
+
+    assert_resumes(make, tmp_path)
+
+
 def test_a_moving_average_resumes(tmp_path):
     whole, _ = assert_resumes(lambda: learning(tmp_path, "vit", MovingAverage(), None), tmp_path, teacher=True)
     assert (tmp_path / "checkpoint-6" / "teacher" / "model.safetensors").is_file()

@@ -573,6 +573,51 @@ def test_evaluation_goes_through_the_task_head_of_the_method(tmp_path):
     assert logged(trainer, "task") == pytest.approx([0.5 * F.cross_entropy(answers, batch["labels"]).item()], rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [{"train_sampling_strategy": "group_by_length"}, {"dataloader_drop_last": True}],
+    ids=lambda flags: [*flags][0],
+)
+def test_predictions_are_those_of_the_rows(tmp_path, arguments):
+    """However training samples: all of them, in their order."""
+    student, dataset = tiny("bert").eval(), rows("bert", 14)
+    trainer = make_trainer(tmp_path, student, None, None, dataset, per_device_eval_batch_size=4, **arguments)
+    with torch.no_grad():
+        expected = logits_of(student, whole_batch(dataset)).numpy()
+    np.testing.assert_allclose(trainer.predict(dataset).predictions, expected, rtol=1e-4, atol=1e-5)
+    assert trainer.evaluate(dataset)["eval_loss"] == pytest.approx(trainer.predict(dataset).metrics["test_loss"])
+    assert len(trainer.get_train_dataloader()) == (1 if "dataloader_drop_last" in arguments else 2)
+
+
+def test_workers_that_persist_do_not_make_one_set_of_two(tmp_path):
+    """transformers keeps one loader for all sets without a name."""
+    own, other = rows("bert", 6, seed=1), rows("bert", 9, seed=2)
+    workers = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+    trainer = make_trainer(tmp_path, tiny("bert"), None, None, rows("bert"), trainer={"eval_dataset": own}, **workers)
+    sizes = [len(trainer.get_eval_dataloader(each).dataset) for each in (own, other, own)]
+    assert sizes == [6, 9, 6]
+    assert trainer.get_eval_dataloader() is trainer.get_eval_dataloader(own)
+
+
+def test_scores_may_be_numbers_of_numpy(tmp_path):
+    """As transformers lets them; the teacher's are written into the checkpoint's log, too."""
+    dataset = rows("bert")
+    trainer = make_trainer(
+        tmp_path / "run",
+        tiny("bert"),
+        tiny_teacher("bert"),
+        KD(),
+        dataset,
+        max_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        teacher_cache=str(tmp_path / "cache"),
+        trainer={"eval_dataset": dataset, "compute_metrics": lambda prediction: {"one": np.float32(1)}},
+    )
+    trainer.train()
+    assert (tmp_path / "run" / "checkpoint-1" / "trainer_state.json").is_file()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_learns_from_its_teacher(tmp_path, family):
     trainer = make_trainer(
