@@ -57,6 +57,10 @@ def test_a_study_can_be_run_and_its_methods_fit_its_flags(compare, path, capsys,
         parts = getattr(method, "parts", {"": method}).values()
         has_held_out = flags.get("held_out_fraction", 0) > 0 or "shifted-cifar10" in flags.get("data_dir", "")
         assert has_held_out or KDAIF not in map(type, parts)
+        for part in parts:
+            if isinstance(part, KDAIF):  # or it never weighs, and is KD
+                epochs = flags.get("num_train_epochs", 3)
+                assert "max_steps" in flags or (epochs - 1) / epochs >= part.warm_up
         if flags.get("task") == "stsb":
             assert "regression" in method.problem_types
         if method.needs_teacher and type(method).make_teacher is Distiller.make_teacher:
