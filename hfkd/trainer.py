@@ -204,7 +204,8 @@ class _OrderOfEpoch(Sampler):
     def __iter__(self):
         args, epoch = self.trainer.args, self.trainer.context.epoch
         seed = args.seed if args.data_seed is None else args.data_seed
-        self.sampler.generator = torch.Generator().manual_seed(seed + epoch)
+        (mixed,) = np.random.SeedSequence((seed, epoch)).generate_state(1)  # seed + epoch is another seed's, too
+        self.sampler.generator = torch.Generator().manual_seed(int(mixed))
         return iter(self.sampler)
 
 

@@ -557,7 +557,7 @@ def notes_on(rows: list[dict], runs: Sequence[Run], metric: str, baseline: str |
     notes = [
         f"{metric.replace('_', ' ')} at the last epoch: mean ± sample standard deviation over the seeds.",
         f"Differences are to {baseline} at the same seeds, with the 95 % interval of Student's t over the pairs; one "
-        "pair has none, and many methods beside one another make some intervals miss by chance."
+        "pair has none, none knows the luck of the test items, and of many some miss by chance."
         if baseline
         else "No method was named as baseline: no differences.",
         f"Time is the wall clock of training, without runs that were resumed; memory the largest peak of any run "

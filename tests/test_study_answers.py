@@ -1,16 +1,19 @@
-"""scripts/study_answers.py and scripts/shifted_copy.py: what they say of studies whose answers are known."""
+"""scripts/study_answers.py, item_errors.py and shifted_copy.py: what they say of studies whose answers are known."""
 
 import importlib
+import itertools
 import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from datasets import load_dataset
-from scipy.stats import ttest_rel
+from scipy.stats import pearsonr, ttest_rel
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-from hfkd.data import load_image_data
+from hfkd.data import ImageDataset, load_image_data, processor_for
 from hfkd.models import load_model
 
 
@@ -23,7 +26,15 @@ def scripts():
     sys.path.insert(0, str(ROOT / "scripts"))
     yield importlib.import_module
     sys.path[:] = before
-    for name in ("study_answers", "shifted_copy", "compare_distillers", "leaderboard", "run_image_kd", "run_glue_kd"):
+    for name in (
+        "study_answers",
+        "item_errors",
+        "shifted_copy",
+        "compare_distillers",
+        "leaderboard",
+        "run_image_kd",
+        "run_glue_kd",
+    ):
         sys.modules.pop(name, None)
 
 
@@ -89,6 +100,50 @@ def test_wrong_labels_are_found_by_what_ranks_them_highest(answers, images, tmp_
     assert by_influence["mean"] == 1.0
     assert 0.3 < by_loss["mean"] < 0.7  # it has learned nothing
     assert by_loss["low"] is None
+
+
+@pytest.mark.parametrize("kind", ["classes", "numbers"])
+def test_scores_under_weights_are_those_of_items_repeated(scripts, kind):
+    random = np.random.default_rng(0)
+    weights = random.integers(0, 3, (2, 50))
+    if kind == "classes":
+        said, labels = random.integers(0, 2, (2, 50))
+        scores = {"accuracy": accuracy_score, "f1": f1_score, "matthews_correlation": matthews_corrcoef}
+    else:
+        said, labels = random.normal(size=(2, 50))
+        scores = {"pearson": lambda labels, said: pearsonr(labels, said).statistic}
+    found = scripts("item_errors").weighted_scores(weights.astype(np.float32), said, labels)
+    assert list(found) == list(scores)
+    for name, score in scores.items():
+        expected = [score(np.repeat(labels, times), np.repeat(said, times)) for times in weights]
+        np.testing.assert_allclose(found[name], expected, rtol=1e-5)
+
+
+def test_the_error_of_the_items_is_that_of_their_mean(scripts, images, tmp_path, capsys):
+    """Of accuracies it has a closed form: the paired items' standard deviation over the root of their number."""
+    flags = {"dataset": "digits", "data_dir": str(images)}
+    runs, right = [], {"one": [], "other": []}
+    for method, seed in itertools.product(right, range(2)):
+        torch.manual_seed(len(runs))
+        student, name = load_model("resnet8", num_labels=10).eval(), f"{method}-{seed}"
+        student.save_pretrained(tmp_path / "study" / "runs" / name)
+        split = load_image_data("digits", data_dir=images).test
+        dataset = ImageDataset(split, processor_for(student))
+        pixels = torch.stack([dataset[i]["pixel_values"] for i in range(len(dataset))])
+        with torch.no_grad():
+            said = student(pixel_values=pixels).logits.argmax(-1)
+        right[method].append((said.numpy() == split["label"][:]).astype(float))
+        results = {"test_accuracy": right[method][-1].mean()}
+        runs.append({"method": method, "seed": seed, "name": name, "settings": {"flags": flags}, "results": results})
+    (tmp_path / "study" / "results.json").write_text(json.dumps({"runs": runs}))
+    file = tmp_path / "errors.json"
+    file.write_text('{"another": 1}')
+    scripts("item_errors").main([str(tmp_path / "study"), "--output", str(file)])
+    difference = np.mean(right["one"], axis=0) - np.mean(right["other"], axis=0)
+    assert difference.std() > 0.1
+    expected = {"one - other": pytest.approx(difference.std() / len(difference) ** 0.5, rel=0.08)}
+    assert json.loads(file.read_text()) == {"another": 1, "study": {"test_accuracy": expected}}
+    assert "by at most 0.0000" in capsys.readouterr().out
 
 
 def test_copies_differ_in_the_noise_alone(scripts, images, tmp_path):
