@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import re
 import statistics
 from functools import cache
@@ -22,6 +23,11 @@ TABLES = re.findall(r"<!-- results: (.+?) -->\n(?:<!-- rows: (.+?) -->\n)?\n(\|.
 @cache
 def runs_of(study: str) -> list[dict]:
     return json.loads((ROOT / "results" / study / "results.json").read_text(encoding="utf-8"))["runs"]
+
+
+@cache
+def item_errors() -> dict:
+    return json.loads((ROOT / "results" / "item_errors.json").read_text(encoding="utf-8"))
 
 
 def scores_of(study: str, method: str, metric: str) -> dict[int, float]:
@@ -49,8 +55,11 @@ def expected(source: str, method: str) -> str:
     base = scores_of(study, baseline, metric)
     pairs = [own[seed] - base[seed] for seed in own if seed in base]
     mean = statistics.fmean(pairs)
-    low, high = scipy.stats.t.interval(0.95, len(pairs) - 1, mean, scipy.stats.sem(pairs))
-    return f"{mean:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
+    of_seeds = scipy.stats.t.ppf(0.975, len(pairs) - 1) * scipy.stats.sem(pairs)
+    errors = item_errors()[study][metric]
+    (of_items,) = (errors[pair] for pair in (f"{method} - {baseline}", f"{baseline} - {method}") if pair in errors)
+    half = math.hypot(of_seeds, scipy.stats.norm.ppf(0.975) * 100 * of_items)
+    return f"{mean:+.{digits}f} ({mean - half:+.{digits}f} to {mean + half:+.{digits}f})"
 
 
 def test_every_table_with_a_source_is_found():
