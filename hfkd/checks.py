@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import datasets
@@ -164,14 +164,14 @@ def problem_type_of(model: nn.Module) -> str:
     return "regression" if model.config.num_labels == 1 else "single_label"
 
 
-def _label_column(dataset: datasets.Dataset) -> str | None:
-    return next((name for name in ("labels", "label", "label_ids") if name in dataset.column_names), None)
+def _label_column(columns: list[str]) -> str | None:
+    return next((name for name in ("labels", "label", "label_ids") if name in columns), None)
 
 
 def dataset_labels(dataset: Dataset | None) -> np.ndarray | None:
     """The labels of a data set without running its transforms, or None where they cannot be had so."""
     if isinstance(dataset, datasets.Dataset):
-        name = _label_column(dataset)
+        name = _label_column(dataset.column_names)
         return None if name is None else np.asarray(dataset.with_format("numpy")[name][:])
     if isinstance(dataset, Subset):
         labels = dataset_labels(dataset.dataset)
@@ -202,12 +202,13 @@ def dataset_index(dataset: Dataset) -> np.ndarray:
     return np.asarray(getattr(dataset, "index", np.arange(len(dataset))))
 
 
-def _class_names(dataset: Dataset) -> list[str] | None:
-    if isinstance(dataset, Subset):
-        return _class_names(dataset.dataset)
-    if not isinstance(dataset, datasets.Dataset):
+def class_names(dataset: Dataset | None) -> list[str] | None:
+    """The names of a data set's classes in the order of its labels, or None where it tells none."""
+    dataset = innermost(dataset)
+    if not isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
         return getattr(dataset, "label_names", None)
-    feature = dataset.features[_label_column(dataset)]
+    features = dataset.features or {}  # a stream may not know them
+    feature = features.get(_label_column(list(features)))
     return feature.names if isinstance(feature, datasets.ClassLabel) else None
 
 
@@ -236,10 +237,10 @@ def check_labels(dataset: Dataset, which: str, config: PretrainedConfig, problem
             "was filtered or cut (a sorted file needs shuffling first), or set them to -100"
         )
     if problem_type == "regression":
-        if _class_names(dataset):
+        if names := class_names(dataset):
             raise ValueError(
-                f"the {which} set has classes ({_class_names(dataset)[:5]}), and the student has one output, which is "
-                f"regression: give it num_labels={len(_class_names(dataset))}"
+                f"the {which} set has classes ({names[:5]}), and the student has one output, which is regression: give "
+                f"it num_labels={len(names)}"
             )
         if not np.isfinite(labels.astype(np.float64)).all():
             raise ValueError(f"labels of the {which} set hold NaN or infinity: remove those rows or set them to -100")
@@ -255,7 +256,7 @@ def check_labels(dataset: Dataset, which: str, config: PretrainedConfig, problem
             f"{num_labels - 1}: give the student num_labels={int(max(wrong.max() + 1, num_labels))}, or correct the "
             "labels (-100 marks an unlabelled sample)"
         )
-    names = _class_names(dataset)
+    names = class_names(dataset)
     if align_labels(named_labels(config), names, whose=f"the {which} set") is not None:
         raise ValueError(
             f"the {which} set numbers the classes as {names[:5]}…, and the student as {named_labels(config)[:5]}…: "
@@ -289,9 +290,15 @@ def check_columns(dataset: Dataset | None, distiller: Distiller) -> None:
 
 
 def check_teacher(
-    teacher: nn.Module, student: nn.Module, distiller: Distiller, whose: str = "the teacher"
+    teacher: nn.Module,
+    student: nn.Module,
+    distiller: Distiller,
+    whose: str = "the teacher",
+    data_names: Sequence[str] | None = None,
 ) -> list[int] | None:
     """Refuse a teacher of other classes or with a fresh head; ``whose`` names it in the message.
+
+    A student whose classes have no names has those of its data, ``data_names``.
 
     Returns:
         For each of the student's classes the teacher's index of it; None where the orders agree.
@@ -318,7 +325,10 @@ def check_teacher(
         check_head(teacher, whose)
     if teacher.config.num_labels == 1:
         return None
-    return align_labels(named_labels(student.config), named_labels(teacher.config), whose=whose)
+    own, to = named_labels(student.config), "the student"
+    if own is None:
+        own, to = data_names, "the data set"
+    return align_labels(own, named_labels(teacher.config), whose=whose, to=to)
 
 
 def check_head(teacher: nn.Module, whose: str = "the teacher") -> None:

@@ -16,13 +16,16 @@ def named_labels(config) -> list[str] | None:
     return None if all(re.fullmatch(r"LABEL_\d+", name) for name in names) else names
 
 
-def align_labels(own: Sequence[str] | None, other: Sequence[str] | None, *, whose: str) -> list[int] | None:
+def align_labels(
+    own: Sequence[str] | None, other: Sequence[str] | None, *, whose: str, to: str = "the student"
+) -> list[int] | None:
     """For each class of ``own`` its index in ``other``; None where the orders agree or one side has no names.
 
     Args:
-        own: Names to follow (the student's).
+        own: Names to follow.
         other: Names to reorder.
         whose: Whom ``other`` belongs to, for the message.
+        to: Whom ``own`` belongs to, likewise.
 
     Raises:
         ValueError: If the names are not the same set.
@@ -35,8 +38,8 @@ def align_labels(own: Sequence[str] | None, other: Sequence[str] | None, *, whos
     if sorted(own) != sorted(other) or len(set(own)) < len(own):
         only = sorted(set(other) - set(own))[:5], sorted(set(own) - set(other))[:5]
         raise ValueError(
-            f"the classes of {whose} are not the student's: only there {only[0]}, only in the student {only[1]}. "
-            "Distil between models of the same classes, or set id2label on both to the same names"
+            f"the classes of {whose} are not {to}'s: only there {only[0]}, only in {to} {only[1]}. Take models and "
+            "data of the same classes, or set id2label on both to the same names (of data: a ClassLabel's)"
         )
     return [other.index(name) for name in own]
 

@@ -46,6 +46,7 @@ from hfkd.checks import (
     check_teacher,
     check_tokenizers,
     check_tokens,
+    class_names,
     dataset_index,
     dataset_labels,
     innermost,
@@ -408,6 +409,8 @@ class DistillationTrainer(SavingTrainer):
                 check_dataset(dataset, which)
             check_labels(dataset, which, self.model.config, self.problem_type)
         check_columns(self.train_dataset, self.distiller)
+        named = map(class_names, (self.train_dataset, *others.values()))
+        self._data_names = next((names for names in named if names), None)
 
         labels = dataset_labels(self.train_dataset)
         soft_labels = getattr(self.train_dataset, "soft_labels", False) or (labels is not None and labels.ndim > 1)
@@ -471,7 +474,7 @@ class DistillationTrainer(SavingTrainer):
             several = self.teacher_model.members
             members = {f"teacher {i} of {len(several)}": member for i, member in enumerate(several, 1)}
         label_orders = [
-            check_teacher(member, self.model, distiller, whose) if unlike else None
+            check_teacher(member, self.model, distiller, whose, self._data_names) if unlike else None
             for whose, member in members.items()
         ]
         use_channels_last(self.teacher_model)

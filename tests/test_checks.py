@@ -61,14 +61,20 @@ def test_a_teacher_with_another_number_of_classes_is_refused(tmp_path):
         make_trainer(tmp_path, tiny("bert"), tiny_teacher("bert", num_labels=7), KD(), rows("bert"))
 
 
-def test_permuted_classes_are_put_into_the_students_order(tmp_path):
-    """A teacher whose classes are permuted teaches exactly what the unpermuted one teaches."""
+def teachers_of_two_orders():
+    """Of NAMES, and of the same classes in another order, whose names are written otherwise."""
     order = [3, 0, 4, 1, 2]  # the permuted teacher's class i is the plain one's class order[i]
     plain = named(tiny_teacher("bert"), NAMES)
     permuted = named(copy.deepcopy(plain), [NAMES[i].upper() + " " for i in order])
     with torch.no_grad():
         permuted.classifier.weight.copy_(plain.classifier.weight[order])
         permuted.classifier.bias.copy_(plain.classifier.bias[order])
+    return plain, permuted
+
+
+def test_permuted_classes_are_put_into_the_students_order(tmp_path):
+    """A teacher whose classes are permuted teaches exactly what the unpermuted one teaches."""
+    plain, permuted = teachers_of_two_orders()
     trained = []
     for teacher in (plain, permuted):
         student, dataset = named(tiny("bert"), NAMES), rows("bert")
@@ -77,6 +83,29 @@ def test_permuted_classes_are_put_into_the_students_order(tmp_path):
         trained.append((weights(student), logged(trainer, "teacher_accuracy")))
     assert largest_difference(trained[0][0], trained[1][0]) <= 1e-6
     assert trained[0][1] == trained[1][1]
+
+
+@pytest.mark.parametrize("kind", ["datasets", "stream", "map-style", "evaluation"])
+def test_a_student_without_names_has_those_of_the_data(tmp_path, kind):
+    """Its classes are LABEL_0, LABEL_1, …: what a permuted teacher says is put into the data set's order."""
+    dataset = evaluation = with_class_names(rows("bert"), NAMES)
+    if kind == "stream":
+        dataset = dataset.to_iterable_dataset()
+    elif kind == "map-style":
+        dataset = evaluation = rows("bert")
+        dataset.label_names = NAMES
+    elif kind == "evaluation":
+        dataset = rows("bert")
+    answers = []
+    for teacher in teachers_of_two_orders():
+        more = {"eval_dataset": evaluation}
+        trainer = make_trainer(tmp_path, tiny("bert"), teacher, KD(), dataset, trainer=more)
+        answers.append(trainer.teacher(trainer.context.take(evaluation, range(4))).logits)
+    torch.testing.assert_close(*answers)
+    wrong = named(tiny_teacher("bert"), ["wasp", *NAMES[1:]])
+    message = r"classes of the teacher are not the data set's: only there \['wasp'\], only in the data set \['cat'\]"
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, tiny("bert"), wrong, KD(), dataset, trainer={"eval_dataset": evaluation})
 
 
 def test_label_names_are_matched_by_name():
