@@ -239,8 +239,8 @@ def check_labels(dataset: Dataset, which: str, config: PretrainedConfig, problem
     if problem_type == "regression":
         if names := class_names(dataset):
             raise ValueError(
-                f"the {which} set has classes ({names[:5]}), and the student has one output, which is regression: give "
-                f"it num_labels={len(names)}"
+                f"the {which} set has classes ({names[:5]}), and the student has one output, which is regression: "
+                f"give it num_labels={len(names)}"
             )
         if not np.isfinite(labels.astype(np.float64)).all():
             raise ValueError(f"labels of the {which} set hold NaN or infinity: remove those rows or set them to -100")
