@@ -1,13 +1,39 @@
-"""Whether two models mean the same by class i, and whether a head was trained."""
+"""Which column holds the labels, whether two models mean the same by class i, and whether a head was trained."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from torch import nn
 
 from hfkd.sharding import whole
+
+
+LABEL_COLUMNS = ("labels", "label", "label_ids")
+
+
+def label_column(columns: Collection[str], label_names: Sequence[str] = ()) -> str | None:
+    """The column that holds the labels, None where there is none.
+
+    Args:
+        columns: The names of all columns, of a data set or a batch.
+        label_names: Of the training arguments: the first of them that is there holds the labels. Without one it is
+            the column ``labels``, ``label`` or ``label_ids``.
+
+    Raises:
+        ValueError: If several of these three are there.
+    """
+    for name in label_names:
+        if name in columns:
+            return name
+    found = [name for name in LABEL_COLUMNS if name in columns]
+    if len(found) > 1:
+        raise ValueError(
+            f"the columns {' and '.join(found)} may both be the labels: drop one, or name the one that is meant in "
+            "label_names= (of the arguments, and of a DistillationCollator of your own)"
+        )
+    return found[0] if found else None
 
 
 def named_labels(config) -> list[str] | None:

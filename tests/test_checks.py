@@ -3,6 +3,7 @@
 import copy
 import os
 import types
+from functools import partial
 
 import datasets
 import pytest
@@ -22,15 +23,17 @@ from helpers import (
     rows,
     tiny,
     tiny_teacher,
+    tokenizer,
     weights,
 )
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, Subset
+from transformers import DataCollatorWithPadding
 
 from hfkd import DistillationTrainer, DistillationTrainingArguments
 from hfkd.checks import check_processes, check_sharding
-from hfkd.distillers import KD, TTM, StudentAlone, Wrapper
+from hfkd.distillers import DKD, KD, TTM, StudentAlone, Wrapper
 from hfkd.labels import align_labels, head_looks_new
 
 
@@ -486,11 +489,108 @@ def test_a_collator_that_loses_the_labels_is_refused(tmp_path):
         return {"input_ids": torch.tensor([feature["input_ids"] for feature in features])}
 
     dataset = datasets.Dataset.from_dict({"input_ids": [[1, 2, 3]] * 4, "labels": [0, 1, 2, 3]})
-    trainer = make_trainer(
-        tmp_path, tiny("bert"), tiny_teacher("bert"), KD(), dataset, trainer={"data_collator": losing}
-    )
+    more = {"data_collator": losing}
     with pytest.raises(ValueError, match="the batch has no labels, only input_ids.*DistillationCollator does"):
-        trainer.train()
+        make_trainer(tmp_path, tiny("bert"), tiny_teacher("bert"), KD(), dataset, trainer=more)
+
+
+class Labels(KD):
+    """Keeps the labels that it was given of each sample."""
+
+    def forward(self, student, teacher, batch):
+        self.seen = dict(zip(batch["index"].tolist(), batch["labels"].tolist(), strict=True))
+        return super().forward(student, teacher, batch)
+
+
+@pytest.mark.parametrize("kind", ["datasets", "subset", "map-style", "stream", "transformers' collator"])
+@pytest.mark.parametrize("other", ["label", "labels", None])
+def test_label_names_say_which_column_holds_the_labels(tmp_path, kind, other):
+    dataset, distiller, more = rows("bert"), Labels(), {}
+    expected = dict(enumerate(dataset.columns["labels"].tolist()))
+    columns = {"labels": None, "coarse": dataset.columns["labels"]}
+    if other is not None:
+        columns[other] = (dataset.columns["labels"] + 1) % NUM_LABELS
+    dataset = dataset.with_columns(**columns)
+    if kind != "map-style":
+        dataset = as_datasets(dataset)
+    if kind == "subset":
+        dataset = Subset(dataset, range(16))
+    elif kind == "stream":
+        dataset = dataset.to_iterable_dataset()
+    elif kind == "transformers' collator":
+        more["data_collator"] = DataCollatorWithPadding(tokenizer())
+    trainer = make_trainer(
+        tmp_path,
+        tiny("bert"),
+        tiny_teacher("bert"),
+        distiller,
+        dataset,
+        trainer=more,
+        label_names=["coarse"],
+        per_device_train_batch_size=16,
+        max_steps=1,
+    )
+    trainer.train()
+    assert distiller.seen == expected
+
+
+def test_the_column_in_label_names_is_checked_and_scaled(tmp_path):
+    target = torch.full((16,), -100)
+    target[:4] = torch.arange(4)
+    dataset = as_datasets(rows("bert").with_columns(labels=None, target=target, label=torch.full((16,), 77)))
+    make = partial(make_trainer, tmp_path, tiny("bert"), tiny_teacher("bert"), KD(), label_names=["target"])
+    assert make(dataset).label_scale == 4.0
+    attributed = rows("bert").with_columns(target=target)
+    attributed.target = target
+    assert make(attributed).label_scale == 4.0
+    with pytest.raises(ValueError, match=r"labels of the train set hold \[6, 7, 8, 9\]"):
+        make(dataset.map(lambda row: {"target": row["target"] if row["target"] < 0 else row["target"] + 6}))
+    named_otherwise = dataset.select(range(4)).cast_column("target", datasets.ClassLabel(names=NAMES[::-1]))
+    with pytest.raises(ValueError, match="numbers the classes as"):
+        make_trainer(tmp_path, named(tiny("bert"), NAMES), None, None, named_otherwise, label_names=["target"])
+
+
+@pytest.mark.parametrize("kind", ["datasets", "map-style", "stream"])
+def test_two_columns_that_may_be_the_labels_are_refused(tmp_path, kind):
+    dataset = rows("bert").with_columns(label=torch.zeros(16, dtype=torch.long))
+    if kind != "map-style":
+        dataset = as_datasets(dataset)
+    if kind == "stream":
+        dataset = Stream(dataset)
+    message = (
+        "the columns labels and label may both be the labels: drop one, or name the one that is meant in label_na"
+    )
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, tiny("bert"), tiny_teacher("bert"), KD(), dataset).train()
+    make_trainer(tmp_path, tiny("bert"), tiny_teacher("bert"), KD(), dataset, label_names=["labels"]).train()
+
+
+@pytest.mark.parametrize("kind", ["datasets", "subset", "map-style", "stream", "torch's stream"])
+def test_labels_under_another_name_are_not_dropped_in_silence(tmp_path, kind):
+    dataset = rows("bert")
+    dataset = dataset.with_columns(target=dataset.columns["labels"], labels=None)
+    if kind in ("datasets", "subset", "stream"):
+        dataset = as_datasets(dataset)
+    if kind == "subset":
+        dataset = Subset(dataset, range(8))
+    elif kind == "stream":
+        dataset = dataset.to_iterable_dataset()
+    elif kind == "torch's stream":
+        dataset = Stream(dataset)
+    with pytest.warns(UserWarning, match="no column labels .* KD learns from the teacher alone: .*rename it") as found:
+        make_trainer(tmp_path, tiny("bert"), tiny_teacher("bert"), KD(), dataset).train()
+    assert len([warning for warning in found if "no column labels" in str(warning.message)]) == 1
+    with pytest.raises(ValueError, match="no training sample has a label.*nothing to learn"):
+        make_trainer(tmp_path, tiny("bert"), None, None, dataset).train()
+    with pytest.raises(ValueError, match="no training sample has a label, and DKD learns from labels"):
+        make_trainer(tmp_path, tiny("bert"), tiny_teacher("bert"), DKD(), dataset).train()
+
+
+def test_a_set_that_says_that_it_has_no_labels_is_not_warned_of(tmp_path, recwarn):
+    dataset = rows("bert").with_columns(labels=torch.full((16,), -100))
+    for unlabelled in (dataset, as_datasets(dataset)):
+        make_trainer(tmp_path, tiny("bert"), tiny_teacher("bert"), KD(), unlabelled).train()
+    assert not [warning for warning in recwarn if "no column labels" in str(warning.message)]
 
 
 def test_text_labels_are_refused_by_the_collator():
