@@ -30,8 +30,8 @@ def label_column(columns: Collection[str], label_names: Sequence[str] = ()) -> s
     found = [name for name in LABEL_COLUMNS if name in columns]
     if len(found) > 1:
         raise ValueError(
-            f"the columns {' and '.join(found)} may both be the labels: drop one, or name the one that is meant in "
-            "label_names= (of the arguments, and of a DistillationCollator of your own)"
+            f"the columns {' and '.join(found)} may both be the labels: drop or rename one, or say which it is in "
+            "label_names=[...] (of the training arguments, and of a DistillationCollator of your own)"
         )
     return found[0] if found else None
 

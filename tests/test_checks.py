@@ -557,9 +557,7 @@ def test_two_columns_that_may_be_the_labels_are_refused(tmp_path, kind):
         dataset = as_datasets(dataset)
     if kind == "stream":
         dataset = Stream(dataset)
-    message = (
-        "the columns labels and label may both be the labels: drop one, or name the one that is meant in label_na"
-    )
+    message = "the columns labels and label may both be the labels: drop or rename one, or say which it is in label_na"
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, tiny("bert"), tiny_teacher("bert"), KD(), dataset).train()
     make_trainer(tmp_path, tiny("bert"), tiny_teacher("bert"), KD(), dataset, label_names=["labels"]).train()

@@ -6,6 +6,7 @@ import numpy as np
 from datasets import ClassLabel, Dataset, Value
 
 from hfkd.data.task_data import UNLABELLED, TaskData, is_text
+from hfkd.labels import label_column
 
 
 NOISE_TYPES = ("symmetric", "pair")
@@ -101,10 +102,12 @@ def stratified_rows(
 
 
 def find_label_column(split: Dataset) -> str | None:
-    """Name of the label column: ``label``, ``labels``, ``fine_label``, or the only column of classes."""
-    for name in ("label", "labels", "fine_label"):
-        if name in split.column_names:
-            return name
+    """Name of the label column: ``label``, ``labels``, ``label_ids`` or ``fine_label``, or the only one of classes."""
+    name = label_column(split.column_names)
+    if name is not None:
+        return name
+    if "fine_label" in split.column_names:
+        return "fine_label"
     classes = [name for name, feature in split.features.items() if isinstance(feature, ClassLabel)]
     if len(classes) > 1:
         raise ValueError(f"several columns of classes ({', '.join(classes)}): rename the one you mean to 'label'")

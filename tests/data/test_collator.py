@@ -104,7 +104,7 @@ def test_label_names_choose_the_labels():
     rows = [{"x": 0.5, "coarse": i, "label": "a word"} for i in range(2)]
     batch = DistillationCollator(label_names=["coarse"])(rows)
     assert {name: column.tolist() for name, column in batch.items()} == {"x": [0.5, 0.5], "labels": [0, 1]}
-    with pytest.raises(ValueError, match="the columns labels and label may both be the labels: drop one"):
+    with pytest.raises(ValueError, match="the columns labels and label may both be the labels: drop or rename one"):
         DistillationCollator()([{"label": 0, "labels": 1}])
 
 
