@@ -25,7 +25,7 @@ from hfkd.data import ImageDataset
 from hfkd.data.task_data import TEACHER_COLUMNS, TaskData
 from hfkd.distillers.base import IGNORE_INDEX, Distiller
 from hfkd.features import at_model, base_model, input_names, select_inputs, try_out
-from hfkd.labels import align_labels, head_looks_new, label_column, named_labels
+from hfkd.labels import LABEL_COLUMNS, align_labels, head_looks_new, label_column, named_labels
 from hfkd.teacher import TeacherEnsemble, members_of
 
 
@@ -216,6 +216,19 @@ def class_names(dataset: Dataset | None, label_names: Sequence[str] = ()) -> lis
     features = dataset.features or {}  # a stream may not know them
     feature = features.get(label_column(features, label_names))
     return feature.names if isinstance(feature, datasets.ClassLabel) else None
+
+
+def check_label_names(dataset: Dataset | None, which: str, label_names: Sequence[str] | None) -> None:
+    """Refuse ``label_names`` of the arguments that name no column, where another one would be taken for the labels."""
+    inner = innermost(dataset)
+    if not label_names or {*label_names} & {*LABEL_COLUMNS} or inner is None or isinstance(inner, IterableDataset):
+        return
+    columns = columns_of(inner)
+    if label_column(columns) and not {*label_names} & {*columns}:
+        raise ValueError(
+            f"label_names={label_names}, and the {which} set has no such column, only {', '.join(columns)}: correct "
+            "it, or rename the column that holds the labels"
+        )
 
 
 def check_labels(

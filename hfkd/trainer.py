@@ -37,6 +37,7 @@ from hfkd.checks import (
     check_ensemble,
     check_head,
     check_inputs,
+    check_label_names,
     check_labels,
     check_method,
     check_processes,
@@ -408,6 +409,7 @@ class DistillationTrainer(SavingTrainer):
         for which, dataset in [("train", self.train_dataset), *others.items()]:
             if dataset is not self.held_out_dataset:  # whose rows are the method's affair
                 check_dataset(dataset, which)
+            check_label_names(dataset, which, self.args.label_names)
             check_labels(dataset, which, self.model.config, self.problem_type, self._label_names)
         check_columns(self.train_dataset, self.distiller)
         named = (class_names(dataset, self._label_names) for dataset in (self.train_dataset, *others.values()))

@@ -550,6 +550,29 @@ def test_the_column_in_label_names_is_checked_and_scaled(tmp_path):
         make_trainer(tmp_path, named(tiny("bert"), NAMES), None, None, named_otherwise, label_names=["target"])
 
 
+@pytest.mark.parametrize("which", ["train", "evaluation"])
+def test_label_names_that_name_no_column_are_refused(tmp_path, which):
+    """Where another column would be learnt, or scored, in its place."""
+    dataset = rows("bert")
+    sets = dict.fromkeys(("train", "evaluation"), dataset.with_columns(coarse=dataset.columns["labels"]))
+    sets[which] = dataset
+    message = rf"label_names=\['coarse'\], and the {which} set has no such column, only .*labels, index: correct it"
+    with pytest.raises(ValueError, match=message):
+        make_trainer(
+            tmp_path,
+            tiny("bert"),
+            None,
+            None,
+            sets["train"],
+            trainer={"eval_dataset": sets["evaluation"]},
+            label_names=["coarse"],
+        )
+    unlabelled = dataset.with_columns(labels=None)
+    make_trainer(
+        tmp_path, tiny("bert"), None, None, dataset, trainer={"eval_dataset": unlabelled}, label_names=["labels"]
+    )
+
+
 @pytest.mark.parametrize("kind", ["datasets", "map-style", "stream"])
 def test_two_columns_that_may_be_the_labels_are_refused(tmp_path, kind):
     dataset = rows("bert").with_columns(label=torch.zeros(16, dtype=torch.long))
