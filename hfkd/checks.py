@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import datasets
@@ -25,7 +25,7 @@ from hfkd.data import ImageDataset
 from hfkd.data.task_data import TEACHER_COLUMNS, TaskData
 from hfkd.distillers.base import IGNORE_INDEX, Distiller
 from hfkd.features import at_model, base_model, input_names, select_inputs, try_out
-from hfkd.labels import align_labels, head_looks_new, named_labels
+from hfkd.labels import LABEL_COLUMNS, align_labels, head_looks_new, label_column, named_labels
 from hfkd.teacher import TeacherEnsemble, members_of
 
 
@@ -164,19 +164,25 @@ def problem_type_of(model: nn.Module) -> str:
     return "regression" if model.config.num_labels == 1 else "single_label"
 
 
-def _label_column(dataset: datasets.Dataset) -> str | None:
-    return next((name for name in ("labels", "label", "label_ids") if name in dataset.column_names), None)
+def dataset_labels(dataset: Dataset | None, label_names: Sequence[str] = ()) -> np.ndarray | None:
+    """The labels of a data set without running its transforms, or None where they cannot be had so.
 
+    Of a ``datasets.Dataset`` they are a column, of any other an attribute of the column's name.
 
-def dataset_labels(dataset: Dataset | None) -> np.ndarray | None:
-    """The labels of a data set without running its transforms, or None where they cannot be had so."""
+    Args:
+        dataset: Of any kind.
+        label_names: See :func:`hfkd.labels.label_column`.
+    """
     if isinstance(dataset, datasets.Dataset):
-        name = _label_column(dataset)
+        name = label_column(dataset.column_names, label_names)
         return None if name is None else np.asarray(dataset.with_format("numpy")[name][:])
     if isinstance(dataset, Subset):
-        labels = dataset_labels(dataset.dataset)
+        labels = dataset_labels(dataset.dataset, label_names)
         return None if labels is None else labels[list(dataset.indices)]
-    labels = getattr(dataset, "labels", None)
+    name = None
+    if label_names and dataset is not None and not isinstance(dataset, IterableDataset):
+        name = label_column(columns_of(dataset), label_names)
+    labels = getattr(dataset, name or "labels", None)
     return None if labels is None else np.asarray(labels)
 
 
@@ -202,21 +208,37 @@ def dataset_index(dataset: Dataset) -> np.ndarray:
     return np.asarray(getattr(dataset, "index", np.arange(len(dataset))))
 
 
-def _class_names(dataset: Dataset) -> list[str] | None:
-    if isinstance(dataset, Subset):
-        return _class_names(dataset.dataset)
-    if not isinstance(dataset, datasets.Dataset):
+def class_names(dataset: Dataset | None, label_names: Sequence[str] = ()) -> list[str] | None:
+    """The names of a data set's classes in the order of its labels, or None where it tells none."""
+    dataset = innermost(dataset)
+    if not isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
         return getattr(dataset, "label_names", None)
-    feature = dataset.features[_label_column(dataset)]
+    features = dataset.features or {}  # a stream may not know them
+    feature = features.get(label_column(features, label_names))
     return feature.names if isinstance(feature, datasets.ClassLabel) else None
 
 
-def check_labels(dataset: Dataset, which: str, config: PretrainedConfig, problem_type: str) -> None:
+def check_label_names(dataset: Dataset | None, which: str, label_names: Sequence[str] | None) -> None:
+    """Refuse ``label_names`` of the arguments that name no column, where another one would be taken for the labels."""
+    inner = innermost(dataset)
+    if not label_names or {*label_names} & {*LABEL_COLUMNS} or inner is None or isinstance(inner, IterableDataset):
+        return
+    columns = columns_of(inner)
+    if label_column(columns) and not {*label_names} & {*columns}:
+        raise ValueError(
+            f"label_names={label_names}, and the {which} set has no such column, only {', '.join(columns)}: correct "
+            "it, or rename the column that holds the labels"
+        )
+
+
+def check_labels(
+    dataset: Dataset, which: str, config: PretrainedConfig, problem_type: str, label_names: Sequence[str] = ()
+) -> None:
     """Refuse labels that are no class of the student, or are its classes in another order.
 
     -100 (unlabelled) is fine everywhere, and -1 (the hidden labels of a benchmark's test set) off training.
     """
-    labels = dataset_labels(dataset)
+    labels = dataset_labels(dataset, label_names)
     if labels is None:
         return
     num_labels = config.num_labels
@@ -236,10 +258,10 @@ def check_labels(dataset: Dataset, which: str, config: PretrainedConfig, problem
             "was filtered or cut (a sorted file needs shuffling first), or set them to -100"
         )
     if problem_type == "regression":
-        if _class_names(dataset):
+        if names := class_names(dataset, label_names):
             raise ValueError(
-                f"the {which} set has classes ({_class_names(dataset)[:5]}), and the student has one output, which is "
-                f"regression: give it num_labels={len(_class_names(dataset))}"
+                f"the {which} set has classes ({names[:5]}), and the student has one output, which is regression: "
+                f"give it num_labels={len(names)}"
             )
         if not np.isfinite(labels.astype(np.float64)).all():
             raise ValueError(f"labels of the {which} set hold NaN or infinity: remove those rows or set them to -100")
@@ -255,7 +277,7 @@ def check_labels(dataset: Dataset, which: str, config: PretrainedConfig, problem
             f"{num_labels - 1}: give the student num_labels={int(max(wrong.max() + 1, num_labels))}, or correct the "
             "labels (-100 marks an unlabelled sample)"
         )
-    names = _class_names(dataset)
+    names = class_names(dataset, label_names)
     if align_labels(named_labels(config), names, whose=f"the {which} set") is not None:
         raise ValueError(
             f"the {which} set numbers the classes as {names[:5]}…, and the student as {named_labels(config)[:5]}…: "
@@ -289,9 +311,15 @@ def check_columns(dataset: Dataset | None, distiller: Distiller) -> None:
 
 
 def check_teacher(
-    teacher: nn.Module, student: nn.Module, distiller: Distiller, whose: str = "the teacher"
+    teacher: nn.Module,
+    student: nn.Module,
+    distiller: Distiller,
+    whose: str = "the teacher",
+    data_names: Sequence[str] | None = None,
 ) -> list[int] | None:
     """Refuse a teacher of other classes or with a fresh head; ``whose`` names it in the message.
+
+    A student whose classes have no names has those of its data, ``data_names``.
 
     Returns:
         For each of the student's classes the teacher's index of it; None where the orders agree.
@@ -318,7 +346,10 @@ def check_teacher(
         check_head(teacher, whose)
     if teacher.config.num_labels == 1:
         return None
-    return align_labels(named_labels(student.config), named_labels(teacher.config), whose=whose)
+    own, to = named_labels(student.config), "the student"
+    if own is None:
+        own, to = data_names, "the data set"
+    return align_labels(own, named_labels(teacher.config), whose=whose, to=to)
 
 
 def check_head(teacher: nn.Module, whose: str = "the teacher") -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from accelerate.utils import broadcast
 from torch import Tensor, nn
@@ -68,6 +69,10 @@ class DistillationContext:
     def held_out_dataset(self) -> Dataset | None:
         """The split that the user held out for the method."""
         return self._trainer.held_out_dataset
+
+    def labels(self, dataset: Dataset | None) -> np.ndarray | None:
+        """The labels of a data set's rows without running its transforms, or None where they cannot be had so."""
+        return self._trainer._labels_of(dataset)
 
     @property
     def device(self) -> torch.device:

@@ -1,13 +1,39 @@
-"""Whether two models mean the same by class i, and whether a head was trained."""
+"""Which column holds the labels, whether two models mean the same by class i, and whether a head was trained."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from torch import nn
 
 from hfkd.sharding import whole
+
+
+LABEL_COLUMNS = ("labels", "label", "label_ids")
+
+
+def label_column(columns: Collection[str], label_names: Sequence[str] = ()) -> str | None:
+    """The column that holds the labels, None where there is none.
+
+    Args:
+        columns: The names of all columns, of a data set or a batch.
+        label_names: Of the training arguments: the first of them that is there holds the labels. Without one it is
+            the column ``labels``, ``label`` or ``label_ids``.
+
+    Raises:
+        ValueError: If several of these three are there.
+    """
+    for name in label_names:
+        if name in columns:
+            return name
+    found = [name for name in LABEL_COLUMNS if name in columns]
+    if len(found) > 1:
+        raise ValueError(
+            f"the columns {' and '.join(found)} may both be the labels: drop or rename one, or say which it is in "
+            "label_names=[...] (of the training arguments, and of a DistillationCollator of your own)"
+        )
+    return found[0] if found else None
 
 
 def named_labels(config) -> list[str] | None:
@@ -16,13 +42,16 @@ def named_labels(config) -> list[str] | None:
     return None if all(re.fullmatch(r"LABEL_\d+", name) for name in names) else names
 
 
-def align_labels(own: Sequence[str] | None, other: Sequence[str] | None, *, whose: str) -> list[int] | None:
+def align_labels(
+    own: Sequence[str] | None, other: Sequence[str] | None, *, whose: str, to: str = "the student"
+) -> list[int] | None:
     """For each class of ``own`` its index in ``other``; None where the orders agree or one side has no names.
 
     Args:
-        own: Names to follow (the student's).
+        own: Names to follow.
         other: Names to reorder.
         whose: Whom ``other`` belongs to, for the message.
+        to: Whom ``own`` belongs to, likewise.
 
     Raises:
         ValueError: If the names are not the same set.
@@ -35,8 +64,8 @@ def align_labels(own: Sequence[str] | None, other: Sequence[str] | None, *, whos
     if sorted(own) != sorted(other) or len(set(own)) < len(own):
         only = sorted(set(other) - set(own))[:5], sorted(set(own) - set(other))[:5]
         raise ValueError(
-            f"the classes of {whose} are not the student's: only there {only[0]}, only in the student {only[1]}. "
-            "Distil between models of the same classes, or set id2label on both to the same names"
+            f"the classes of {whose} are not {to}'s: only there {only[0]}, only in {to} {only[1]}. Take models and "
+            "data of the same classes, or set id2label on both to the same names (of data: a ClassLabel's)"
         )
     return [other.index(name) for name in own]
 

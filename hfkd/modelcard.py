@@ -16,7 +16,6 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, get_token
 from safetensors import safe_open
 from torch import nn
 
-from hfkd.checks import dataset_labels
 from hfkd.distillers.base import IGNORE_INDEX, Distiller
 from hfkd.evaluations import Answers, bytes_of, compared, last_scores, latencies, machine_of
 from hfkd.features import base_model
@@ -421,7 +420,7 @@ def _training(trainer: DistillationTrainer) -> list[str]:
 def _limits(trainer: DistillationTrainer, own: Mapping[str, float], split: str, answers, license: str | None) -> str:
     student, asked, common = answers
     points, state = [], trainer.state
-    labels = dataset_labels(trainer.train_dataset)
+    labels = trainer.context.labels(trainer.train_dataset)
     if labels is not None:
         labelled = int((labels != IGNORE_INDEX).sum()) if labels.ndim == 1 else len(labels)
         part = "" if labelled == len(labels) else f", {labelled:,} of them labelled"

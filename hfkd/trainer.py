@@ -12,7 +12,6 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from accelerate.utils import DynamoBackend, broadcast_object_list, gather_object
@@ -39,6 +38,7 @@ from hfkd.checks import (
     check_ensemble,
     check_head,
     check_inputs,
+    check_label_names,
     check_labels,
     check_method,
     check_processes,
@@ -47,6 +47,8 @@ from hfkd.checks import (
     check_teacher,
     check_tokenizers,
     check_tokens,
+    class_names,
+    columns_of,
     dataset_index,
     dataset_labels,
     innermost,
@@ -72,7 +74,7 @@ from hfkd.features import (
     use_channels_last,
 )
 from hfkd.finite import FiniteLosses
-from hfkd.labels import head_looks_new, named_labels
+from hfkd.labels import LABEL_COLUMNS, head_looks_new, label_column, named_labels
 from hfkd.modelcard import save_figures, write_model_card
 from hfkd.models.loading import load_teacher
 from hfkd.saving import SavingTrainer
@@ -264,8 +266,8 @@ class DistillationTrainer(SavingTrainer):
         distiller: The method; with a teacher :class:`~hfkd.distillers.KD` by default.
         args: Training arguments.
         data_collator: By default :class:`~hfkd.data.DistillationCollator`, which also pads ``teacher_…`` columns.
-        train_dataset: Rows with the models' inputs, ``labels`` (-100: unlabelled) and, for methods that ask for it,
-            ``index``.
+        train_dataset: Rows with the models' inputs, ``labels`` (-100: unlabelled; or ``label``, or what
+            ``label_names`` of the arguments names) and, for methods that ask for it, ``index``.
         eval_dataset: The validation set, or several by name.
         held_out_dataset: A split for methods that need one, such as influence weights.
         processing_class: The student's tokenizer or image processor; saved with it.
@@ -349,7 +351,8 @@ class DistillationTrainer(SavingTrainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=data_collator or DistillationCollator(processing_class, teacher_processing_class),
+            data_collator=data_collator
+            or DistillationCollator(processing_class, teacher_processing_class, args.label_names),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -427,39 +430,67 @@ class DistillationTrainer(SavingTrainer):
         for which, dataset in [("train", self.train_dataset), *others.items()]:
             if dataset is not self.held_out_dataset:  # whose rows are the method's affair
                 check_dataset(dataset, which)
-            check_labels(dataset, which, self.model.config, self.problem_type)
+            check_label_names(dataset, which, self.args.label_names)
+            check_labels(dataset, which, self.model.config, self.problem_type, self._label_names)
         check_columns(self.train_dataset, self.distiller)
+        named = (class_names(dataset, self._label_names) for dataset in (self.train_dataset, *others.values()))
+        self._data_names = next((names for names in named if names), None)
 
-        labels = dataset_labels(self.train_dataset)
+        labels = self._labels_of(self.train_dataset)
         soft_labels = getattr(self.train_dataset, "soft_labels", False) or (labels is not None and labels.ndim > 1)
         if self.distiller.needs_hard_labels and soft_labels:
             raise ValueError(f"{method} needs class indices as labels: turn Mixup and CutMix off")
         labelled = 0 if labels is None else int((labels != IGNORE_INDEX).sum())
         self._is_labelled = labelled > 0
         self.label_scale = labels.size / labelled if labelled else 1.0
-        columns = self.train_dataset.column_names if isinstance(self.train_dataset, datasets.Dataset) else None
-        has_no_labels = labels is not None or (columns is not None and not {*columns} & {*self.label_names})
-        if not labelled and has_no_labels:
-            if isinstance(self.distiller, StudentAlone):
-                raise ValueError(
-                    "no training sample has a label: the student alone has nothing to learn, pass a teacher"
-                )
-            if self.distiller.needs_hard_labels or not self.distiller.needs_teacher:
-                raise ValueError(
-                    f"no training sample has a label, and {method} learns from labels: name their column labels, or "
-                    "choose KD(), which learns from a teacher alone"
-                )
-            if labels is None:
-                warnings.warn(
-                    f"the training set has no column labels ({', '.join(columns)}), so that {method} learns from the "
-                    "teacher alone: if one of these holds the classes, rename it to labels",
-                    UserWarning,
-                    stacklevel=5,
-                )
+        self._is_unlabelled = labels is not None and not labelled  # and says so
+        if self._is_unlabelled:
+            self._check_method_without_labels()
         hard_label_loss = HardLabelLoss(self.problem_type, self.args.label_smoothing_factor, self.label_scale)
         for part in self.distiller.modules():
             if isinstance(part, Distiller):
                 part.hard_label_loss = hard_label_loss
+
+    @property
+    def _label_names(self) -> list[str]:
+        """The columns that are the labels whatever else is there: the user's, or the student's forward's."""
+        return self.label_names if self.args.label_names or "labels" not in self.label_names else []
+
+    def _labels_of(self, dataset: Dataset | None) -> np.ndarray | None:
+        return dataset_labels(dataset, self._label_names)
+
+    def _check_method_without_labels(self) -> None:
+        method = type(self.distiller).__name__
+        if isinstance(self.distiller, StudentAlone):
+            raise ValueError(
+                "no training sample has a label: name their column labels, or pass a teacher, as the student alone "
+                "has nothing to learn"
+            )
+        if self.distiller.needs_hard_labels or not self.distiller.needs_teacher:
+            raise ValueError(
+                f"no training sample has a label, and {method} learns from labels: name their column labels, or "
+                "choose KD(), which learns from a teacher alone"
+            )
+
+    def _check_batch_without_labels(self, batch: Mapping[str, Tensor]) -> None:
+        """Refuse it where others have labels or the method learns nothing from it; otherwise warn, once."""
+        dataset = innermost(self.train_dataset)
+        has_rows = dataset is not None and not isinstance(dataset, IterableDataset)
+        columns = columns_of(dataset) if has_rows else list(batch)
+        if self._is_labelled or label_column(columns, self._label_names):
+            raise ValueError(
+                f"the batch has no labels, only {', '.join(batch)}: name their column in label_names=, and let "
+                "the data collator keep it (hfkd.data.DistillationCollator does)"
+            )
+        self._check_method_without_labels()
+        self._is_unlabelled = True
+        warnings.warn(
+            f"the training set has no column labels ({', '.join(columns)}), so that {type(self.distiller).__name__} "
+            "learns from the teacher alone: if a column holds the classes, rename it to labels, or name it in "
+            "label_names=",
+            UserWarning,
+            stacklevel=2,
+        )
 
     def _set_up_teacher(self, teacher_model: nn.Module | None) -> None:
         """Settle who teaches: the given model, one that the method makes, or nobody."""
@@ -492,7 +523,7 @@ class DistillationTrainer(SavingTrainer):
             several = self.teacher_model.members
             members = {f"teacher {i} of {len(several)}": member for i, member in enumerate(several, 1)}
         label_orders = [
-            check_teacher(member, self.model, distiller, whose) if unlike else None
+            check_teacher(member, self.model, distiller, whose, self._data_names) if unlike else None
             for whose, member in members.items()
         ]
         use_channels_last(self.teacher_model)
@@ -578,6 +609,7 @@ class DistillationTrainer(SavingTrainer):
             if not is_outline(model):
                 with nullcontext() if id(model) in apart else self.compute_loss_context_manager():
                     check_inputs(model, batch, self.train_dataset, whose, prefix)
+        self._with_labels(batch)
 
     def _set_up_distiller(self) -> None:
         """Allocate the method's own parameters and put all that trains into one module."""
@@ -840,16 +872,13 @@ class DistillationTrainer(SavingTrainer):
 
     def _with_labels(self, inputs: Mapping[str, Tensor], *, fill: bool = True) -> dict[str, Tensor]:
         """The batch with its labels under that name; unlabelled data gets -100 where ``fill``."""
-        batch = dict(inputs)
-        for name in (*self.label_names, "label", "label_ids"):
-            if "labels" not in batch and name in batch:
-                batch["labels"] = batch[name]
-        if "labels" not in batch and fill:
-            if self._is_labelled or isinstance(self.distiller, StudentAlone):
-                raise ValueError(
-                    f"the batch has no labels, only {', '.join(batch)}: name their column in label_names=, and let "
-                    "the data collator keep it (hfkd.data.DistillationCollator does)"
-                )
+        labels = label_column(inputs, self._label_names)
+        batch = {name: column for name, column in inputs.items() if name not in (labels, *LABEL_COLUMNS)}
+        if labels is not None:
+            batch["labels"] = inputs[labels]
+        elif fill:
+            if not self._is_unlabelled:
+                self._check_batch_without_labels(batch)
             first = next(value for value in batch.values() if isinstance(value, Tensor))
             batch["labels"] = torch.full((len(first),), IGNORE_INDEX, device=first.device)
         return batch
@@ -1091,9 +1120,8 @@ class DistillationTrainer(SavingTrainer):
             return {"mse": float(((predictions.squeeze(-1) - labels)[known] ** 2).mean())}
         return {"accuracy": float((predictions.argmax(-1) == labels)[known].mean())}
 
-    @staticmethod
-    def _labels_as_batched(dataset: Dataset) -> np.ndarray | None:
-        labels = dataset_labels(dataset)
+    def _labels_as_batched(self, dataset: Dataset) -> np.ndarray | None:
+        labels = self._labels_of(dataset)
         return labels.astype(np.float32) if labels is not None and labels.dtype.kind == "f" else labels
 
     def _kept_evaluation(self, dataset: Dataset) -> tuple[Any, np.ndarray | None]:

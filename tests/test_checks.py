@@ -3,6 +3,7 @@
 import copy
 import os
 import types
+from functools import partial
 
 import datasets
 import pytest
@@ -22,15 +23,17 @@ from helpers import (
     rows,
     tiny,
     tiny_teacher,
+    tokenizer,
     weights,
 )
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, Subset
+from transformers import DataCollatorWithPadding
 
 from hfkd import DistillationTrainer, DistillationTrainingArguments
 from hfkd.checks import check_processes, check_sharding
-from hfkd.distillers import KD, TTM, StudentAlone, Wrapper
+from hfkd.distillers import DKD, KD, TTM, StudentAlone, Wrapper
 from hfkd.labels import align_labels, head_looks_new
 
 
@@ -61,14 +64,20 @@ def test_a_teacher_with_another_number_of_classes_is_refused(tmp_path):
         make_trainer(tmp_path, tiny("bert"), tiny_teacher("bert", num_labels=7), KD(), rows("bert"))
 
 
-def test_permuted_classes_are_put_into_the_students_order(tmp_path):
-    """A teacher whose classes are permuted teaches exactly what the unpermuted one teaches."""
+def teachers_of_two_orders():
+    """Of NAMES, and of the same classes in another order, whose names are written otherwise."""
     order = [3, 0, 4, 1, 2]  # the permuted teacher's class i is the plain one's class order[i]
     plain = named(tiny_teacher("bert"), NAMES)
     permuted = named(copy.deepcopy(plain), [NAMES[i].upper() + " " for i in order])
     with torch.no_grad():
         permuted.classifier.weight.copy_(plain.classifier.weight[order])
         permuted.classifier.bias.copy_(plain.classifier.bias[order])
+    return plain, permuted
+
+
+def test_permuted_classes_are_put_into_the_students_order(tmp_path):
+    """A teacher whose classes are permuted teaches exactly what the unpermuted one teaches."""
+    plain, permuted = teachers_of_two_orders()
     trained = []
     for teacher in (plain, permuted):
         student, dataset = named(tiny("bert"), NAMES), rows("bert")
@@ -77,6 +86,29 @@ def test_permuted_classes_are_put_into_the_students_order(tmp_path):
         trained.append((weights(student), logged(trainer, "teacher_accuracy")))
     assert largest_difference(trained[0][0], trained[1][0]) <= 1e-6
     assert trained[0][1] == trained[1][1]
+
+
+@pytest.mark.parametrize("kind", ["datasets", "stream", "map-style", "evaluation"])
+def test_a_student_without_names_has_those_of_the_data(tmp_path, kind):
+    """Its classes are LABEL_0, LABEL_1, …: what a permuted teacher says is put into the data set's order."""
+    dataset = evaluation = with_class_names(rows("bert"), NAMES)
+    if kind == "stream":
+        dataset = dataset.to_iterable_dataset()
+    elif kind == "map-style":
+        dataset = evaluation = rows("bert")
+        dataset.label_names = NAMES
+    elif kind == "evaluation":
+        dataset = rows("bert")
+    answers = []
+    for teacher in teachers_of_two_orders():
+        more = {"eval_dataset": evaluation}
+        trainer = make_trainer(tmp_path, tiny("bert"), teacher, KD(), dataset, trainer=more)
+        answers.append(trainer.teacher(trainer.context.take(evaluation, range(4))).logits)
+    torch.testing.assert_close(*answers)
+    wrong = named(tiny_teacher("bert"), ["wasp", *NAMES[1:]])
+    message = r"classes of the teacher are not the data set's: only there \['wasp'\], only in the data set \['cat'\]"
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, tiny("bert"), wrong, KD(), dataset, trainer={"eval_dataset": evaluation})
 
 
 def test_label_names_are_matched_by_name():
@@ -457,11 +489,129 @@ def test_a_collator_that_loses_the_labels_is_refused(tmp_path):
         return {"input_ids": torch.tensor([feature["input_ids"] for feature in features])}
 
     dataset = datasets.Dataset.from_dict({"input_ids": [[1, 2, 3]] * 4, "labels": [0, 1, 2, 3]})
-    trainer = make_trainer(
-        tmp_path, tiny("bert"), tiny_teacher("bert"), KD(), dataset, trainer={"data_collator": losing}
-    )
+    more = {"data_collator": losing}
     with pytest.raises(ValueError, match="the batch has no labels, only input_ids.*DistillationCollator does"):
-        trainer.train()
+        make_trainer(tmp_path, tiny("bert"), tiny_teacher("bert"), KD(), dataset, trainer=more)
+
+
+class Labels(KD):
+    """Keeps the labels that it was given of each sample."""
+
+    def forward(self, student, teacher, batch):
+        self.seen = dict(zip(batch["index"].tolist(), batch["labels"].tolist(), strict=True))
+        return super().forward(student, teacher, batch)
+
+
+@pytest.mark.parametrize("kind", ["datasets", "subset", "map-style", "stream", "transformers' collator"])
+@pytest.mark.parametrize("other", ["label", "labels", None])
+def test_label_names_say_which_column_holds_the_labels(tmp_path, kind, other):
+    dataset, distiller, more = rows("bert"), Labels(), {}
+    expected = dict(enumerate(dataset.columns["labels"].tolist()))
+    columns = {"labels": None, "coarse": dataset.columns["labels"]}
+    if other is not None:
+        columns[other] = (dataset.columns["labels"] + 1) % NUM_LABELS
+    dataset = dataset.with_columns(**columns)
+    if kind != "map-style":
+        dataset = as_datasets(dataset)
+    if kind == "subset":
+        dataset = Subset(dataset, range(16))
+    elif kind == "stream":
+        dataset = dataset.to_iterable_dataset()
+    elif kind == "transformers' collator":
+        more["data_collator"] = DataCollatorWithPadding(tokenizer())
+    trainer = make_trainer(
+        tmp_path,
+        tiny("bert"),
+        tiny_teacher("bert"),
+        distiller,
+        dataset,
+        trainer=more,
+        label_names=["coarse"],
+        per_device_train_batch_size=16,
+        max_steps=1,
+    )
+    trainer.train()
+    assert distiller.seen == expected
+
+
+def test_the_column_in_label_names_is_checked_and_scaled(tmp_path):
+    target = torch.full((16,), -100)
+    target[:4] = torch.arange(4)
+    dataset = as_datasets(rows("bert").with_columns(labels=None, target=target, label=torch.full((16,), 77)))
+    make = partial(make_trainer, tmp_path, tiny("bert"), tiny_teacher("bert"), KD(), label_names=["target"])
+    assert make(dataset).label_scale == 4.0
+    attributed = rows("bert").with_columns(target=target)
+    attributed.target = target
+    assert make(attributed).label_scale == 4.0
+    with pytest.raises(ValueError, match=r"labels of the train set hold \[6, 7, 8, 9\]"):
+        make(dataset.map(lambda row: {"target": row["target"] if row["target"] < 0 else row["target"] + 6}))
+    named_otherwise = dataset.select(range(4)).cast_column("target", datasets.ClassLabel(names=NAMES[::-1]))
+    with pytest.raises(ValueError, match="numbers the classes as"):
+        make_trainer(tmp_path, named(tiny("bert"), NAMES), None, None, named_otherwise, label_names=["target"])
+
+
+@pytest.mark.parametrize("which", ["train", "evaluation"])
+def test_label_names_that_name_no_column_are_refused(tmp_path, which):
+    """Where another column would be learnt, or scored, in its place."""
+    dataset = rows("bert")
+    sets = dict.fromkeys(("train", "evaluation"), dataset.with_columns(coarse=dataset.columns["labels"]))
+    sets[which] = dataset
+    message = rf"label_names=\['coarse'\], and the {which} set has no such column, only .*labels, index: correct it"
+    with pytest.raises(ValueError, match=message):
+        make_trainer(
+            tmp_path,
+            tiny("bert"),
+            None,
+            None,
+            sets["train"],
+            trainer={"eval_dataset": sets["evaluation"]},
+            label_names=["coarse"],
+        )
+    unlabelled = dataset.with_columns(labels=None)
+    make_trainer(
+        tmp_path, tiny("bert"), None, None, dataset, trainer={"eval_dataset": unlabelled}, label_names=["labels"]
+    )
+
+
+@pytest.mark.parametrize("kind", ["datasets", "map-style", "stream"])
+def test_two_columns_that_may_be_the_labels_are_refused(tmp_path, kind):
+    dataset = rows("bert").with_columns(label=torch.zeros(16, dtype=torch.long))
+    if kind != "map-style":
+        dataset = as_datasets(dataset)
+    if kind == "stream":
+        dataset = Stream(dataset)
+    message = "the columns labels and label may both be the labels: drop or rename one, or say which it is in label_na"
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, tiny("bert"), tiny_teacher("bert"), KD(), dataset).train()
+    make_trainer(tmp_path, tiny("bert"), tiny_teacher("bert"), KD(), dataset, label_names=["labels"]).train()
+
+
+@pytest.mark.parametrize("kind", ["datasets", "subset", "map-style", "stream", "torch's stream"])
+def test_labels_under_another_name_are_not_dropped_in_silence(tmp_path, kind):
+    dataset = rows("bert")
+    dataset = dataset.with_columns(target=dataset.columns["labels"], labels=None)
+    if kind in ("datasets", "subset", "stream"):
+        dataset = as_datasets(dataset)
+    if kind == "subset":
+        dataset = Subset(dataset, range(8))
+    elif kind == "stream":
+        dataset = dataset.to_iterable_dataset()
+    elif kind == "torch's stream":
+        dataset = Stream(dataset)
+    with pytest.warns(UserWarning, match="no column labels .* KD learns from the teacher alone: .*rename it") as found:
+        make_trainer(tmp_path, tiny("bert"), tiny_teacher("bert"), KD(), dataset).train()
+    assert len([warning for warning in found if "no column labels" in str(warning.message)]) == 1
+    with pytest.raises(ValueError, match="no training sample has a label.*nothing to learn"):
+        make_trainer(tmp_path, tiny("bert"), None, None, dataset).train()
+    with pytest.raises(ValueError, match="no training sample has a label, and DKD learns from labels"):
+        make_trainer(tmp_path, tiny("bert"), tiny_teacher("bert"), DKD(), dataset).train()
+
+
+def test_a_set_that_says_that_it_has_no_labels_is_not_warned_of(tmp_path, recwarn):
+    dataset = rows("bert").with_columns(labels=torch.full((16,), -100))
+    for unlabelled in (dataset, as_datasets(dataset)):
+        make_trainer(tmp_path, tiny("bert"), tiny_teacher("bert"), KD(), unlabelled).train()
+    assert not [warning for warning in recwarn if "no column labels" in str(warning.message)]
 
 
 def test_text_labels_are_refused_by_the_collator():

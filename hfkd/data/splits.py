@@ -6,6 +6,7 @@ import numpy as np
 from datasets import ClassLabel, Dataset, Value
 
 from hfkd.data.task_data import UNLABELLED, TaskData, is_text
+from hfkd.labels import label_column
 
 
 NOISE_TYPES = ("symmetric", "pair")
@@ -101,10 +102,12 @@ def stratified_rows(
 
 
 def find_label_column(split: Dataset) -> str | None:
-    """Name of the label column: ``label``, ``labels``, ``fine_label``, or the only column of classes."""
-    for name in ("label", "labels", "fine_label"):
-        if name in split.column_names:
-            return name
+    """Name of the label column: ``label``, ``labels``, ``label_ids`` or ``fine_label``, or the only one of classes."""
+    name = label_column(split.column_names)
+    if name is not None:
+        return name
+    if "fine_label" in split.column_names:
+        return "fine_label"
     classes = [name for name, feature in split.features.items() if isinstance(feature, ClassLabel)]
     if len(classes) > 1:
         raise ValueError(f"several columns of classes ({', '.join(classes)}): rename the one you mean to 'label'")
@@ -114,7 +117,7 @@ def find_label_column(split: Dataset) -> str | None:
 def _read_labels(
     splits: dict[str, Dataset], label_names: list[str] | None, missing: float | None
 ) -> tuple[dict[str, np.ndarray], list[str] | None]:
-    """Labels of every split as int64, or float32 for regression, -100 for none; and the class names."""
+    """Labels of every split as int64, or float32 for regression, -100 for none; and train's class names."""
     columns = {name: find_label_column(split) for name, split in splits.items()}
     column = columns["train"]
     if column is None:
@@ -152,15 +155,21 @@ def _read_labels(
             return arrays, None
     if is_text(feature):
         label_names = label_names or sorted(set(known))
+    if label_names is not None:
         number = {name: i for i, name in enumerate(label_names)}
-        for name, column_values in values.items():
-            unknown = {value for value in column_values if value is not None} - set(number)
+        for name, split in splits.items():
+            own = split.features[columns[name]] if columns[name] else None
+            if isinstance(own, ClassLabel) and own != feature:  # what counts is the name, not its number there
+                named = {**dict(enumerate(own.names)), -1: None, UNLABELLED: None}
+                values[name] = [named.get(value, value) for value in values[name]]
+            used = {value for value in values[name] if value is not None}
+            unknown = {value for value in used if is_text(feature) or isinstance(value, str)} - set(number)
             if unknown:
                 raise ValueError(
-                    f"{name} has labels {sorted(unknown)} that are not among the classes {label_names}: correct them, "
-                    "or leave them empty for 'no label'"
+                    f"{name} has labels {sorted(unknown, key=str)} that are not among the classes {label_names}: "
+                    "correct them, or leave them empty for 'no label'"
                 )
-            values[name] = [None if value is None else number[value] for value in column_values]
+            values[name] = [number.get(value, value) for value in values[name]]
     arrays = {name: np.array([-1 if v is None else v for v in vs], dtype=np.int64) for name, vs in values.items()}
     if label_names is None:
         classes = np.unique(arrays["train"][arrays["train"] >= 0])

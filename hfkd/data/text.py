@@ -17,6 +17,7 @@ from hfkd.data.task_data import TaskData, is_text
 _GLUE_HUB_ID = "nyu-mll/glue"
 # Only an empty field is a missing one: "null" and "NA" are words.
 _CSV = {"keep_default_na": False, "na_values": [""]}
+_NUMBERS_OF_ROWS = ("id", "idx", "index")
 _READERS = {
     ".csv": ("csv", _CSV),
     ".tsv": ("csv", {**_CSV, "sep": "\t"}),
@@ -55,7 +56,8 @@ def load_text_data(
         data_dir: Folder with ``train*.parquet`` and perhaps ``validation*`` and ``test*`` (also in its ``data`` or
             the task's subfolder).
         train_file: CSV, TSV, JSON or JSON lines with one text column or two, and ``label``: class names, class
-            numbers from 0, or real numbers for regression. ``sentence1`` and ``sentence2`` win over other columns.
+            numbers from 0, or real numbers for regression. ``sentence1`` and ``sentence2`` win over other columns;
+            ``id``, ``idx`` and ``index`` are no text. A file without labels holds the text alone.
         validation_file: Likewise; without it ``validation`` is cut from train.
         test_file: Likewise; without labels it becomes ``extra["predict"]``.
         validation_fraction: This and the following: see :class:`hfkd.data.splits.SplitOptions`.
@@ -120,7 +122,9 @@ def load_text_data(
         splits, hidden = _name_glue_splits(splits)
     elif not files:
         splits = usual_splits(splits)
-    columns = list(glue.text_columns) if glue else _find_text_columns(splits["train"])
+    pair = list(glue.text_columns) if glue else ["sentence1", "sentence2"]
+    _check_label_column(splits["train"], pair)
+    columns = pair if glue else _find_text_columns(splits["train"])
     for name, split in splits.items():
         _check_text(name, split, columns)
     return make_task_data(
@@ -162,11 +166,24 @@ def _name_glue_splits(splits: dict[str, Dataset]) -> tuple[dict[str, Dataset], t
     return named, tuple(name for name in named if name.startswith("official_test") or name == "ax")
 
 
+def _check_label_column(train: Dataset, pair: list[str]) -> None:
+    """Refuse a training set without one, unless it holds nothing but text: any other column may be meant as labels."""
+    if find_label_column(train) is not None:
+        return
+    columns = [name for name in train.column_names if name.lower() not in _NUMBERS_OF_ROWS]
+    if len(columns) > 1 and set(columns) != set(pair):
+        raise ValueError(
+            f"no column of the training set is called label, among {', '.join(columns)}: rename the one that holds "
+            f"the labels, or, if none does, keep the text alone (one column, or {' and '.join(pair)})"
+        )
+
+
 def _find_text_columns(split: Dataset) -> list[str]:
     if {"sentence1", "sentence2"} <= set(split.column_names):
         return ["sentence1", "sentence2"]
     label = find_label_column(split)
-    columns = [name for name, feature in split.features.items() if is_text(feature) and name != label]
+    texts = [name for name, feature in split.features.items() if is_text(feature) and name != label]
+    columns = [name for name in texts if name.lower() not in _NUMBERS_OF_ROWS]
     if not 1 <= len(columns) <= 2:
         raise ValueError(
             f"expected one text column or two, found {len(columns)} ({', '.join(columns)}) among "

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hfkd.checks import dataset_labels
 from hfkd.distillers.base import IGNORE_INDEX, check_temperature
 from hfkd.distillers.layers import LayerDistiller, check_coupled
 from hfkd.features import head_path
@@ -112,7 +111,7 @@ class CRD(LayerDistiller):
 
     def setup(self, context):
         super().setup(context)
-        labels = dataset_labels(context.train_dataset)
+        labels = context.labels(context.train_dataset)
         if labels is None:
             raise ValueError(
                 "CRD draws negatives from other classes and cannot read the labels of the training set: give it a "

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
-from hfkd.checks import dataset_labels
 from hfkd.distillers.base import Distiller, ModelOutputs, Wrapper, check_not_negative
 from hfkd.distillers.kd import KD
 from hfkd.features import (
@@ -298,7 +297,7 @@ class KDAIF(Wrapper):
             )
         if isinstance(context.held_out_dataset, IterableDataset) or not len(context.held_out_dataset):
             raise ValueError("the held-out set is a stream or empty: pass a map-style data set with some rows")
-        held_out = dataset_labels(context.held_out_dataset)
+        held_out = context.labels(context.held_out_dataset)
         if held_out is not None and (held_out < 0).any():
             raise ValueError("the held-out set has samples without a label, which show no risk: remove them")
         if context.train_dataset is None:

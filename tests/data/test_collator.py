@@ -99,6 +99,15 @@ def test_other_columns_are_stacked():
     assert batch["labels"].tolist() == [0.5, 0.5]
 
 
+def test_label_names_choose_the_labels():
+    """And what is left out need not be numbers."""
+    rows = [{"x": 0.5, "coarse": i, "label": "a word"} for i in range(2)]
+    batch = DistillationCollator(label_names=["coarse"])(rows)
+    assert {name: column.tolist() for name, column in batch.items()} == {"x": [0.5, 0.5], "labels": [0, 1]}
+    with pytest.raises(ValueError, match="the columns labels and label may both be the labels: drop or rename one"):
+        DistillationCollator()([{"label": 0, "labels": 1}])
+
+
 def test_numpy_rows():
     soft = np.array([[0.5, 0.5], [0.25, 0.75]], dtype=np.float32)
     batch = DistillationCollator()([{"label": np.int64(i + 1), "soft": soft[i]} for i in range(2)])

@@ -240,6 +240,33 @@ def test_wrong_labels_are_refused(labels, others, label_type, message):
         make(labels, label_type=label_type, **others)
 
 
+@pytest.mark.parametrize("train_type", [ClassLabel(names=["ant", "bee", "cat"]), Value("string")])
+def test_a_split_that_numbers_the_classes_otherwise_is_read_by_name(train_type):
+    """As each file was encoded by itself, with the classes it happens to hold."""
+
+    def split(labels, feature):
+        columns = {"text": [f"{label} {i}" for i, label in enumerate(labels)], "label": labels}
+        return Dataset.from_dict(columns, features=Features({"text": Value("string"), "label": feature}))
+
+    raw = {
+        "train": split(["ant", "bee", "cat"] * 10, train_type),
+        "validation": split(["cat", "bee", "ant"], ClassLabel(names=["cat", "bee", "ant"])),
+        "ax": split(["cat", "bee", "ant"], ClassLabel(names=["ant", "bee", "cat"])),
+        "test": split(["bee", "cat", -1, None], ClassLabel(names=["bee", "cat", "never used"])),
+        "held_out": split(["cat", "bee"], Value("string")),
+    }
+    data = make_task_data("toy", raw, {"text": "text"}, SplitOptions())
+    assert data.validation["label"][:] == [2, 1, 0]
+    assert data.extra["ax"]["label"][:] == [2, 1, 0]
+    assert data.test["label"][:] == [1, 2, -100, -100]
+    assert data.held_out["label"][:] == [2, 1]
+    assert all(split.features["label"].names == ["ant", "bee", "cat"] for split in data.splits().values())
+    wasps = split(["ant", "wasp"], ClassLabel(names=["ant", "wasp"]))
+    message = r"test has labels \['wasp'\] that are not among the classes \['ant', 'bee', 'cat'\]: correct them"
+    with pytest.raises(ValueError, match=message):
+        make_task_data("toy", {**raw, "test": wasps}, {"text": "text"}, SplitOptions())
+
+
 def test_num_labels_of_unlabelled_data():
     data = make([-1] * 20, label_type=ClassLabel(names=["a", "b"]))
     assert data.num_labels == 2

@@ -166,6 +166,47 @@ def test_files_without_labels(tmp_path):
         load_text_data("mine", train_file=tmp_path / "train.csv", test_file=tmp_path / "labelled.csv")
 
 
+@pytest.mark.parametrize(
+    ("header", "row"),
+    [
+        ("text,category", "some words,sport"),
+        ("text,target", "some words,1"),
+        ("premise,hypothesis", "some words,others"),
+        ("text,author,category", "some words,me,sport"),
+        ("sentence1,sentence2,class", "some words,others,1"),
+    ],
+)
+def test_columns_that_may_be_the_labels_are_not_taken_for_text(tmp_path, header, row):
+    (tmp_path / "train.csv").write_text("\n".join([header, *[row] * 20]))
+    names = header.replace(",", ", ")
+    message = f"called label, among {names}: rename the one that holds the labels, .*keep the text alone"
+    with pytest.raises(ValueError, match=message):
+        load_text_data("mine", train_file=tmp_path / "train.csv")
+
+
+def test_own_files_for_a_glue_task_need_labels_or_text_alone(tmp_path):
+    (tmp_path / "train.csv").write_text("premise,hypothesis,gold_label\n" + "a,b,neutral\n" * 20)
+    with pytest.raises(ValueError, match=r"one column, or premise and hypothesis"):
+        load_text_data("mnli", train_file=tmp_path / "train.csv")
+    (tmp_path / "train.csv").write_text("idx,premise,hypothesis\n" + "0,a,b\n" * 20)
+    assert set(load_text_data("mnli", train_file=tmp_path / "train.csv").train["label"]) == {-100}
+
+
+@pytest.mark.parametrize("name", ["id", "idx", "Index", "ID"])
+def test_numbers_of_rows_are_no_text(tmp_path, name):
+    (tmp_path / "train.csv").write_text(f"{name},text,label\n" + "".join(f"row-{i},w,{i % 2}\n" for i in range(20)))
+    data = load_text_data("mine", train_file=tmp_path / "train.csv")
+    assert data.text_columns == ["text"]
+    (tmp_path / "train.csv").write_text(f"{name},text\n" + "".join(f"row-{i},w\n" for i in range(20)))
+    assert load_text_data("mine", train_file=tmp_path / "train.csv").text_columns == ["text"]
+
+
+def test_two_columns_that_may_be_the_labels_are_refused(tmp_path):
+    (tmp_path / "train.csv").write_text("text,label,labels\n" + "a,0,1\nb,1,0\n" * 10)
+    with pytest.raises(ValueError, match="the columns labels and label may both be the labels: drop or rename one"):
+        load_text_data("mine", train_file=tmp_path / "train.csv")
+
+
 def test_own_files_for_a_glue_task_take_its_class_order(tmp_path):
     rows = "".join(f"p{i},h,{name}\n" for i, name in enumerate(GLUE_TASKS["mnli"].label_names * 10))
     (tmp_path / "train.csv").write_text("premise,hypothesis,label\n" + rows)

@@ -8,6 +8,7 @@ import torch
 from helpers import TEXT, Rows, rows, tiny, tiny_teacher, tokenizer
 from torch import nn
 
+from hfkd.checks import dataset_labels
 from hfkd.context import DistillationContext
 from hfkd.data import DistillationCollator
 from hfkd.distillers import Distiller, ModelOutputs
@@ -35,6 +36,9 @@ class Context:
 
     def sample(self, size: int = 2) -> dict[str, torch.Tensor]:
         return collated(self.train_dataset, range(size))
+
+    def labels(self, dataset: Rows):
+        return dataset_labels(dataset)
 
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
