@@ -17,7 +17,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, StateDictType
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.data import Dataset, IterableDataset, Subset
+from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN
 
@@ -176,6 +176,9 @@ def dataset_labels(dataset: Dataset | None) -> np.ndarray | None:
     if isinstance(dataset, Subset):
         labels = dataset_labels(dataset.dataset)
         return None if labels is None else labels[list(dataset.indices)]
+    if isinstance(dataset, ConcatDataset):
+        parts = [dataset_labels(part) for part in dataset.datasets]
+        return None if any(part is None for part in parts) else np.concatenate(parts)
     labels = getattr(dataset, "labels", None)
     return None if labels is None else np.asarray(labels)
 
@@ -187,19 +190,32 @@ def innermost(dataset: Dataset | None) -> Dataset | None:
     return dataset
 
 
+def set_epoch(dataset: Dataset | None, epoch: int) -> None:
+    """Tell a data set and those that it is made of, subsets, wrappers and concatenations through, what epoch it is."""
+    for part in dataset.datasets if isinstance(dataset, ConcatDataset) else [getattr(dataset, "dataset", None)]:
+        if part is not None:
+            set_epoch(part, epoch)
+    # Last: a wrapper may count the epochs of what it wraps in its own way.
+    if hasattr(dataset, "set_epoch"):
+        dataset.set_epoch(epoch)
+
+
 def columns_of(dataset: Dataset) -> list[str]:
     """The names of a data set's columns; where it does not tell them, those of its first sample."""
     names = getattr(dataset, "column_names", None)
     return names if isinstance(names, list) else list(dataset[0])
 
 
-def dataset_index(dataset: Dataset) -> np.ndarray:
-    """The column ``index`` of a data set without running its transforms; 0, 1, … where it does not show one."""
+def dataset_index(dataset: Dataset, start: int = 0) -> np.ndarray:
+    """The column ``index`` of a data set without running its transforms; start, … where it does not show one."""
     if isinstance(dataset, datasets.Dataset):
         return np.asarray(dataset.with_format("numpy")["index"][:], np.int64)  # as a batch will hold it
     if isinstance(dataset, Subset):
         return dataset_index(dataset.dataset)[list(dataset.indices)]
-    return np.asarray(getattr(dataset, "index", np.arange(len(dataset))))
+    if isinstance(dataset, ConcatDataset):
+        starts = [start, *(start + size for size in dataset.cumulative_sizes[:-1])]
+        return np.concatenate([dataset_index(*part) for part in zip(dataset.datasets, starts, strict=True)])
+    return np.asarray(getattr(dataset, "index", np.arange(start, start + len(dataset))))
 
 
 def _class_names(dataset: Dataset) -> list[str] | None:

@@ -50,6 +50,7 @@ from hfkd.checks import (
     dataset_labels,
     innermost,
     problem_type_of,
+    set_epoch,
     teacher_column,
 )
 from hfkd.context import DistillationContext
@@ -203,9 +204,7 @@ class _Hooks(TrainerCallback):
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         # Accelerate's sharded loader sets the epoch of a seedable sampler and then leaves the dataset out.
-        dataset = innermost(self.trainer.train_dataset)
-        if hasattr(dataset, "set_epoch"):
-            dataset.set_epoch(self.trainer.context.epoch)
+        set_epoch(self.trainer.train_dataset, self.trainer.context.epoch)
         self.trainer.distiller.on_epoch_begin(self.trainer.context)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):

@@ -29,7 +29,7 @@ from helpers import (
     weights,
 )
 from PIL import Image
-from torch.utils.data import IterableDataset, Subset
+from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset
 from transformers import DataCollatorWithPadding, ViTImageProcessor
 
 from hfkd import DistillationTrainingArguments, TeacherEnsemble
@@ -234,6 +234,32 @@ class Noisy(Rows):
         return {**row, "pixel_values": row["pixel_values"] + torch.rand(())}
 
 
+class Turning(Rows):
+    """Other inputs in each epoch."""
+
+    epoch = 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __getitem__(self, i):
+        row = super().__getitem__(i)
+        return {**row, "pixel_values": row["pixel_values"].roll(self.epoch, -1)}
+
+
+class Wrapped(Dataset):
+    """A data set around another that knows nothing of epochs."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, i):
+        return self.dataset[i]
+
+
 class Stream(IterableDataset):
     def __iter__(self):
         yield from map(rows("bert").__getitem__, range(16))
@@ -271,6 +297,28 @@ def duplicated():
 def test_what_cannot_be_kept_is_refused(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         cached(tmp_path, **options)
+
+
+@pytest.mark.parametrize("wrap", [lambda rows: rows, Wrapped, lambda rows: ConcatDataset([rows])])
+def test_a_data_set_that_changes_from_epoch_to_epoch_is_refused(tmp_path, wrap):
+    """Within one it does not, and is left at the first."""
+    dataset = Turning(rows("cifar").columns)
+    with pytest.raises(ValueError, match="gives other inputs each time"):
+        cached(tmp_path, "cifar", dataset=wrap(dataset))
+    assert dataset.epoch == 0
+
+
+def test_the_samples_of_sets_in_a_row_are_kept_by_their_numbers(tmp_path):
+    one, other = rows("bert"), rows("bert", seed=1)
+    with pytest.raises(ValueError, match="two training samples have the same number"):
+        cached(tmp_path, dataset=ConcatDataset([one, other]))
+    other = other.with_columns(index=torch.arange(16, 32))
+    trainer = cached(tmp_path, dataset=ConcatDataset([one, other]), max_steps=8)
+    trainer.train()
+    assert counts(trainer) == (32, 32)
+    again = cached(tmp_path, dataset=ConcatDataset([other, one]), max_steps=4)
+    again.train()
+    assert counts(again) == (32, 0)
 
 
 PLAIN = DistillationCollator()

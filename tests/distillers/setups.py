@@ -36,6 +36,9 @@ class Context:
     def sample(self, size: int = 2) -> dict[str, torch.Tensor]:
         return collated(self.train_dataset, range(size))
 
+    def take(self, dataset: Rows, rows) -> dict[str, torch.Tensor]:
+        return collated(dataset, rows)
+
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
 
