@@ -196,6 +196,7 @@ class _Hooks(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer._check_method_is_own()
         self.trainer._term_sums, self.trainer._term_count = {}, 0
         self.trainer._cache_counts_before = self.trainer._cache_counts()
         self.trainer._find_best_checkpoint()
@@ -239,7 +240,7 @@ class DistillationTrainer(SavingTrainer):
             the answers. None trains the student alone, unless the distiller
             brings a teacher of its own, or is given and the training set has a column ``teacher_logits`` or
             ``teacher_probabilities``: the answers of a teacher that is not here, in the student's order of classes.
-        distiller: The method; with a teacher :class:`~hfkd.distillers.KD` by default.
+        distiller: The method, of this trainer alone; with a teacher :class:`~hfkd.distillers.KD` by default.
         args: Training arguments.
         data_collator: By default :class:`~hfkd.data.DistillationCollator`, which also pads ``teacher_…`` columns.
         train_dataset: Rows with the models' inputs, ``labels`` (-100: unlabelled) and, for methods that ask for it,
@@ -435,9 +436,20 @@ class DistillationTrainer(SavingTrainer):
                     stacklevel=5,
                 )
         hard_label_loss = HardLabelLoss(self.problem_type, self.args.label_smoothing_factor, self.label_scale)
+        self._mark = object()
         for part in self.distiller.modules():
             if isinstance(part, Distiller):
-                part.hard_label_loss = hard_label_loss
+                part.hard_label_loss, part._set_up_by = hard_label_loss, self._mark
+
+    def _check_method_is_own(self) -> None:
+        """Refuse to train with a method that was set up for other data and models since."""
+        for part in self.distiller.modules():
+            if isinstance(part, Distiller) and part._set_up_by not in (None, self._mark):
+                raise ValueError(
+                    f"another trainer was made with this {type(part).__name__} before this one trained, and set it up "
+                    "for its own data and models: give each trainer a method of its own (copy.deepcopy before the "
+                    "first is made)"
+                )
 
     def _set_up_teacher(self, teacher_model: nn.Module | None) -> None:
         """Settle who teaches: the given model, one that the method makes, or nobody."""
@@ -588,9 +600,7 @@ class DistillationTrainer(SavingTrainer):
 
     def _set_up_cache(self) -> None:
         """Open the store of the teacher's answers, which from now on stands before the teacher."""
-        images = innermost(self.train_dataset)
-        if isinstance(images, ImageDataset):
-            images.number_views()
+        self.train_dataset = with_numbered_views(self.train_dataset)
         check_cache(self.args, self.train_dataset, self.teacher_model)
         collated = []
         if type(self.data_collator) is not DistillationCollator:
@@ -1168,6 +1178,15 @@ def spread(dataset: Dataset, count: int | None) -> list[int] | None:
     if count is None or isinstance(dataset, IterableDataset) or len(dataset) <= count:
         return None
     return torch.linspace(0, len(dataset) - 1, count).long().tolist()
+
+
+def with_numbered_views(dataset: Dataset) -> Dataset:
+    """A data set of images as a cache can keep them, and any other as it is; not in place: the caller trains on."""
+    if isinstance(dataset, Subset):
+        part = copy.copy(dataset)
+        part.dataset = with_numbered_views(dataset.dataset)
+        return part
+    return dataset.with_numbered_views() if isinstance(dataset, ImageDataset) else dataset
 
 
 def at_view(dataset: Dataset, view: int) -> Dataset:

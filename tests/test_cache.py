@@ -622,11 +622,26 @@ def test_augmentation_without_numbered_views_gets_sixteen(tmp_path, options, vie
     for name, part in (("whole", lambda rows: rows), ("part", lambda rows: Subset(rows, [0, 1]))):
         dataset = images(**options)
         trainer = cached(tmp_path / name, "cifar", dataset=part(dataset), max_steps=2)
-        assert trainer.cache.views == views == (dataset.number_of_views or 0)
+        assert trainer.cache.views == views
         trainer.train()
         assert {row["teacher_cache_views"] for row in trainer.state.log_history if "teacher_cache_views" in row} == (
             {views} if views else set()
         )
+
+
+@pytest.mark.parametrize("part", [lambda rows: rows, lambda rows: Subset(rows, [0, 1])])
+def test_the_callers_images_keep_all_their_views(tmp_path, part):
+    """A baseline without a cache, made of the same data set afterwards, trains on as many as ever."""
+    dataset = images(augment="crop_flip")
+    whole = part(dataset)
+    trainer = cached(tmp_path, "cifar", dataset=whole, num_train_epochs=3, max_steps=-1)
+    trainer.train()
+    assert trainer.cache.views == 16
+    assert dataset.number_of_views is None
+    assert int(dataset._epoch) == 0
+    baseline = make_trainer(tmp_path / "baseline", tiny("cifar"), None, None, whole)
+    assert baseline.train_dataset is whole
+    assert "view" not in whole[0]
 
 
 @pytest.mark.parametrize("options", [{"augment": "crop_flip"}, {"rand_augment": "rand-m9-mstd0.5"}])

@@ -37,7 +37,7 @@ from transformers import AutoModelForSequenceClassification, HfArgumentParser, T
 
 from hfkd import DistillationTrainingArguments
 from hfkd.data import DistillationCollator
-from hfkd.distillers import CRD, KD, Combined, Distiller, StudentAlone, Wrapper
+from hfkd.distillers import CRD, KD, Combined, Distiller, StandardizedLogits, StudentAlone, Wrapper
 
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -403,6 +403,26 @@ def test_the_label_scale_reaches_wrapped_and_combined_methods(tmp_path):
     assert len(losses) == 5
     assert {(loss.scale, loss.label_smoothing) for loss in losses} == {(2.0, 0.1)}
     assert Distiller.hard_label_loss.scale == 1.0
+
+
+@pytest.mark.parametrize("wrap", [lambda method: method, StandardizedLogits, lambda method: Combined({"a": method}, task_from="a")])
+def test_a_method_that_another_trainer_has_set_up_is_refused(tmp_path, wrap):
+    """Its label scale, memories and layers are the other's by then; once the first has trained it may go on."""
+    some, method = rows("bert"), KD()
+    some.columns["labels"][:8] = -100
+
+    def trainer(dataset, method):
+        return make_trainer(tmp_path, tiny("bert"), tiny_teacher("bert"), method, dataset, max_steps=1)
+
+    first = trainer(some, wrap(method))
+    second = trainer(rows("bert"), method)
+    with pytest.raises(ValueError, match="another trainer was made with this KD before .* a method of its own"):
+        first.train()
+    second.train()
+    third = trainer(some, copy.deepcopy(method))
+    trainer(rows("bert"), method)
+    third.train()
+    assert third.distiller.hard_label_loss.scale == 2
 
 
 def test_rows_without_a_label_column_teach_by_distillation_alone(tmp_path):

@@ -123,6 +123,7 @@ class Distiller(nn.Module):
     problem_types: tuple[str, ...] = ("single_label",)
     default_learning_rate: float | None = None
     hard_label_loss = HardLabelLoss()
+    _set_up_by: object = None  # a mark of the last trainer, which itself would be copied and pickled along
 
     def make_teacher(self, student: nn.Module) -> nn.Module | None:
         """Return a teacher (a PreTrainedModel) for a method that brings its own: a copy, an average, a peer."""
