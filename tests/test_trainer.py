@@ -405,7 +405,11 @@ def test_the_label_scale_reaches_wrapped_and_combined_methods(tmp_path):
     assert Distiller.hard_label_loss.scale == 1.0
 
 
-@pytest.mark.parametrize("wrap", [lambda method: method, StandardizedLogits, lambda method: Combined({"a": method}, task_from="a")])
+def alone(method):
+    return Combined({"a": method}, task_from="a")
+
+
+@pytest.mark.parametrize("wrap", [lambda method: method, StandardizedLogits, alone])
 def test_a_method_that_another_trainer_has_set_up_is_refused(tmp_path, wrap):
     """Its label scale, memories and layers are the other's by then; once the first has trained it may go on."""
     some, method = rows("bert"), KD()
