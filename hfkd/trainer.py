@@ -22,6 +22,7 @@ from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.utils.data import Dataset, IterableDataset, Subset
 from tqdm.auto import tqdm
 from transformers import EvalPrediction, PreTrainedModel, TrainerCallback, set_seed
+from transformers.trainer_callback import CallbackHandler, TrainerControl
 from transformers.trainer_utils import BestRun
 
 from hfkd.cache import TeacherCache, describe, keep_on_host
@@ -109,6 +110,7 @@ class _DistillationModule(nn.Module):
         self._student = Capture(student, distiller.student_layers)
         self._teacher = nullcontext() if teacher is None else Capture(teacher, distiller.teacher_layers)
         self._compiled = self._terms
+        self._is_folded = False
 
     def compile_terms(self, **options) -> None:
         """Compile the forward pass; in place, so that nothing is wrapped and saved names stay what they are."""
@@ -156,7 +158,20 @@ class _DistillationModule(nn.Module):
         """The scores that evaluation uses, (B, C), in float32."""
         student = in_float32(run_model(self.student, batch))
         with autocast_off(student.logits.device):
-            return self.distiller.task_logits(student)
+            return student.logits if self._is_folded else self.distiller.task_logits(student)
+
+    @contextmanager
+    def folded(self) -> Iterator[None]:
+        """While open, the student alone predicts as all does, as it is to be saved; opened again, it stays so."""
+        if self._is_folded:
+            yield
+            return
+        with self.distiller.folded(self.student):
+            self._is_folded = True
+            try:
+                yield
+            finally:
+                self._is_folded = False
 
     def start(self) -> None:
         """Do nothing, as a forward pass: FSDP takes what runs first for the whole, and a hook may run a part first."""
@@ -230,7 +245,8 @@ class _LastHook(TrainerCallback):
 class DistillationTrainer(SavingTrainer):
     """A ``transformers.Trainer`` whose model learns from a teacher.
 
-    ``trainer.model`` is always the plain student: it is saved, pushed and evaluated as any other model.
+    ``trainer.model`` is always the plain student: it is saved, pushed and evaluated as any other model. Within a step
+    a method with a task head (AEKT) has that beside it: ``trainer.save_model`` folds it in wherever it is called.
 
     Args:
         model: The student; None with ``model_init``.
@@ -361,6 +377,7 @@ class DistillationTrainer(SavingTrainer):
         self._evaluated = torch.zeros(2, device=self.args.device)  # sum of losses, number of labelled samples
         self.add_callback(_Hooks(self))
         self.callback_handler.callbacks.insert(0, _LastHook(self))
+        self.callback_handler.call_event = self._call_event
 
     # Setting up
 
@@ -867,6 +884,12 @@ class DistillationTrainer(SavingTrainer):
     def _are_logits(self, predictions: Any) -> bool:
         is_one = isinstance(predictions, np.ndarray) and self.preprocess_logits_for_metrics is None
         return is_one and predictions.shape[1:] == (self.model.config.num_labels,)
+
+    def _call_event(self, event: str, *args, **kwargs) -> TrainerControl:
+        # A callback may save or score the model that it is given, and did so before without its task head. Not at
+        # steps, which would fold and unfold at every one.
+        with self._module.folded() if event in ("on_epoch_end", "on_evaluate", "on_save") else nullcontext():
+            return CallbackHandler.call_event(self.callback_handler, event, *args, **kwargs)
 
     # Logging
 

@@ -182,7 +182,8 @@ class Distiller(nn.Module):
     def folded(self, student: nn.Module) -> Iterator[None]:
         """While open, the student is what is to be saved; afterwards it is, to the bit, what it was before.
 
-        The trainer opens it around every write of the student. A method with a task head works it into the student,
+        The trainer opens it around every write of the student, and around the callbacks' ``on_epoch_end``,
+        ``on_evaluate`` and ``on_save``, never twice at once. A method with a task head works it into the student,
         so that its plain logits are :meth:`task_logits`, and keeps in its buffers what it replaces: a checkpoint's
         distiller is written after its student.
         """
