@@ -633,7 +633,8 @@ class DistillationTrainer(SavingTrainer):
             self.train_dataset,
             self._teacher_columns(),
             precision=precision,
-            dtype=self.args.teacher_cache_dtype,
+            # Float16 would round numbers about 2,000 to whole ones.
+            dtype=self.args.teacher_cache_dtype or ("float32" if self.problem_type == "regression" else "float16"),
             top_k=self.args.teacher_cache_top_k,
             label_names=named_labels(self.model.config),
             label_orders=label_orders,

@@ -404,6 +404,29 @@ def test_logits_beyond_the_dtype_are_refused(tmp_path):
     cached(tmp_path, teacher=teacher, teacher_cache_dtype="float32").train()
 
 
+def test_numbers_are_kept_whole(tmp_path):
+    """Float16 has every second whole number from 2,048 on, and nothing between 2,000 and 2,001."""
+    teacher = tiny_teacher("bert", num_labels=1)
+    with torch.no_grad():
+        teacher.classifier.bias.fill_(2000.0)
+    dataset = rows("bert").with_columns(labels=2000 + torch.randn(16))
+
+    def run(**arguments):
+        where, student = tmp_path / "run", tiny("bert", num_labels=1)
+        options = {"teacher_cache": True, "max_steps": 2, **arguments}
+        trainer = make_trainer(where, student, teacher, KD(), dataset, learning_rate=1e-5, **options)
+        trainer.train()
+        return trainer
+
+    trainer = run()
+    kept, known = table(trainer.cache)
+    assert known.all()
+    batch = trainer.data_collator([dataset[i] for i in range(16)])
+    assert torch.equal(torch.from_numpy(kept), trainer.teacher(batch).logits)
+    assert table(run(teacher_cache_dtype="float16").cache)[0].dtype == "float16"
+    assert table(cached(tmp_path).cache)[0].dtype == "float16"
+
+
 @pytest.mark.parametrize(("given", "kept"), [(True, True), ("true", True), ("False", None), (None, None), ("x", "x")])
 def test_the_argument_takes_a_word_or_a_folder(tmp_path, given, kept):
     trainer = make_trainer(tmp_path, tiny("bert"), dataset=rows("bert"), teacher_cache=given)
