@@ -58,6 +58,12 @@ def check_arguments(args: TrainingArguments, eval_dataset: Dataset | Mapping | N
             f'eval_strategy is "{args.eval_strategy.value}", and there is no eval_dataset: pass one (in the examples: '
             '--validation_fraction 0.1), or set eval_strategy to "no"'
         )
+    for name in ("bf16_full_eval", "fp16_full_eval"):
+        if getattr(args, name):
+            raise ValueError(
+                f"{name} turns the student itself into half precision, as which it would then be saved: drop it, and "
+                f"evaluation has the precision of training ({name[:4]}=True: half, with weights in float32)"
+            )
     if os.path.isfile(args.output_dir):
         raise FileExistsError(f"output_dir {args.output_dir} is a file: name a folder, which may be a new one")
 
