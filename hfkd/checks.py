@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import warnings
@@ -372,6 +373,23 @@ def check_adapter(model: nn.Module, whose: str = "the student") -> None:
             f"the adapter of {whose} leaves out the running statistics of its {len(moving)} BatchNorm layers, which "
             "training moves: what is saved would predict otherwise. Add them to its PEFT configuration: "
             f"modules_to_save=[..., {', '.join(map(repr, names))}]"
+        )
+
+
+def check_reload(student: nn.Module) -> None:
+    """Refuse to load the best student at the end where its class and configuration do not make what is saved of it."""
+    if not isinstance(student, PreTrainedModel):
+        return
+    with torch.random.fork_rng(), torch.device("meta"):
+        made = type(student)(copy.deepcopy(student.config)).state_dict()
+    own = student.state_dict()
+    wrong = [name for name, tensor in own.items() if name not in made or made[name].shape != tensor.shape]
+    if wrong:
+        name = type(student).__name__
+        raise ValueError(
+            f"load_best_model_at_end could not load the student again: a {name} of its configuration has no such "
+            f"{', '.join(wrong[:3])} (was a part replaced by hand?). Replace it in the __init__ of a subclass, or "
+            "turn load_best_model_at_end off"
         )
 
 

@@ -42,6 +42,7 @@ from hfkd.checks import (
     check_labels,
     check_method,
     check_processes,
+    check_reload,
     check_sharding,
     check_student,
     check_teacher,
@@ -387,6 +388,8 @@ class DistillationTrainer(SavingTrainer):
         self.problem_type = problem_type_of(self.model)
         self._signature_columns = None
         check_adapter(self.model)
+        if self.args.load_best_model_at_end:
+            check_reload(self.model)
         self._set_up_labels()
         self._set_up_teacher(self._given_teacher)
         self._check_inputs(self._teacher_processing_class)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from helpers import (
+    FAMILIES,
     NUM_LABELS,
     Bank,
     MovingAverage,
@@ -27,9 +28,10 @@ from helpers import (
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.data import IterableDataset
+from transformers import BertForSequenceClassification
 
 from hfkd import DistillationTrainer, DistillationTrainingArguments
-from hfkd.checks import check_processes, check_sharding
+from hfkd.checks import check_processes, check_reload, check_sharding
 from hfkd.distillers import KD, TTM, StudentAlone, Wrapper
 from hfkd.labels import align_labels, head_looks_new
 
@@ -340,6 +342,44 @@ def test_a_loss_that_would_bypass_the_distiller_is_refused(tmp_path):
     more = {"compute_loss_func": lambda *_: None}
     with pytest.raises(ValueError, match="takes no compute_loss_func: write a Distiller"):
         make_trainer(tmp_path, tiny("bert"), tiny_teacher("bert"), KD(), rows("bert"), trainer=more)
+
+
+class DeepHead(BertForSequenceClassification):
+    """With a head that its configuration makes."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.classifier = deep_head()
+
+
+def deep_head():
+    return nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, NUM_LABELS))
+
+
+def test_a_head_replaced_by_hand_cannot_be_loaded_at_the_end(tmp_path):
+    """It was noticed after the last step."""
+
+    def trainer(student, **arguments):
+        times = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+        data = {"eval_dataset": rows("bert")}
+        return make_trainer(tmp_path, student, None, None, rows("bert"), trainer=data, **times, **arguments)
+
+    by_hand = tiny("bert")
+    by_hand.classifier = deep_head()
+    with pytest.raises(ValueError, match="BertForSequenceClassification .* no such classifier.0.weight, .* subclass"):
+        trainer(by_hand, load_best_model_at_end=True)
+    trainer(by_hand).train()
+    trainer(DeepHead(by_hand.config), load_best_model_at_end=True).train()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_loads_again_is_taken_and_draws_nothing(family):
+    student = tiny(family)
+    torch.manual_seed(3)
+    check_reload(student)
+    drawn = torch.rand(3)
+    torch.manual_seed(3)
+    assert torch.equal(drawn, torch.rand(3))
 
 
 def test_a_distiller_by_name_is_refused(tmp_path):
