@@ -28,7 +28,7 @@ from torch.utils.data import Dataset, IterableDataset, Subset
 from transformers import PretrainedConfig
 
 from hfkd.checkpoints import check_writable
-from hfkd.checks import innermost
+from hfkd.checks import innermost, set_epoch
 from hfkd.data.decoded import default_root
 from hfkd.data.draws import splitmix
 from hfkd.data.image_dataset import ImageDataset
@@ -663,9 +663,13 @@ def _content_by_sample(dataset: Dataset, columns: Sequence[str]) -> tuple[np.nda
 
     numbered = ((row, dataset[row]) for row in range(len(dataset)))
     samples = [(int(sample.get("index", row)), digest(sample)) for row, sample in numbered]
-    if any(digest(dataset[row]) != samples[row][1] for row in range(min(64, len(dataset)))):
+    changes = False
+    for epoch in (1, 0):  # training begins with the latter
+        set_epoch(dataset, epoch)
+        changes |= any(digest(dataset[row]) != samples[row][1] for row in range(min(64, len(dataset))))
+    if changes:
         raise ValueError(
             "the training set gives other inputs each time, and a teacher's cache can only hold views that have a "
-            "number: use hfkd.data.ImageDataset(..., views=V), or leave out teacher_cache"
+            "number: use one hfkd.data.ImageDataset(..., views=V), or leave out teacher_cache"
         )
     return np.array([number for number, _ in samples]), lambda rows: b"".join(samples[row][1] for row in rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import warnings
@@ -17,7 +18,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, StateDictType
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.data import Dataset, IterableDataset, Subset
+from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN
 
@@ -58,6 +59,12 @@ def check_arguments(args: TrainingArguments, eval_dataset: Dataset | Mapping | N
             f'eval_strategy is "{args.eval_strategy.value}", and there is no eval_dataset: pass one (in the examples: '
             '--validation_fraction 0.1), or set eval_strategy to "no"'
         )
+    for name in ("bf16_full_eval", "fp16_full_eval"):
+        if getattr(args, name):
+            raise ValueError(
+                f"{name} turns the student itself into half precision, as which it would then be saved: drop it, and "
+                f"evaluation has the precision of training ({name[:4]}=True: half, with weights in float32)"
+            )
     if os.path.isfile(args.output_dir):
         raise FileExistsError(f"output_dir {args.output_dir} is a file: name a folder, which may be a new one")
 
@@ -179,6 +186,9 @@ def dataset_labels(dataset: Dataset | None, label_names: Sequence[str] = ()) -> 
     if isinstance(dataset, Subset):
         labels = dataset_labels(dataset.dataset, label_names)
         return None if labels is None else labels[list(dataset.indices)]
+    if isinstance(dataset, ConcatDataset):
+        parts = [dataset_labels(part, label_names) for part in dataset.datasets]
+        return None if any(part is None for part in parts) else np.concatenate(parts)
     name = None
     if label_names and dataset is not None and not isinstance(dataset, IterableDataset):
         name = label_column(columns_of(dataset), label_names)
@@ -193,24 +203,49 @@ def innermost(dataset: Dataset | None) -> Dataset | None:
     return dataset
 
 
+def set_epoch(dataset: Dataset | None, epoch: int) -> None:
+    """Tell a data set and those that it is made of, subsets, wrappers and concatenations through, what epoch it is."""
+    for part in dataset.datasets if isinstance(dataset, ConcatDataset) else [getattr(dataset, "dataset", None)]:
+        if part is not None:
+            set_epoch(part, epoch)
+    # Last: a wrapper may count the epochs of what it wraps in its own way.
+    if hasattr(dataset, "set_epoch"):
+        dataset.set_epoch(epoch)
+
+
 def columns_of(dataset: Dataset) -> list[str]:
     """The names of a data set's columns; where it does not tell them, those of its first sample."""
     names = getattr(dataset, "column_names", None)
     return names if isinstance(names, list) else list(dataset[0])
 
 
-def dataset_index(dataset: Dataset) -> np.ndarray:
-    """The column ``index`` of a data set without running its transforms; 0, 1, … where it does not show one."""
+def dataset_index(dataset: Dataset, start: int = 0) -> np.ndarray:
+    """The column ``index`` of a data set without running its transforms; start, … where it does not show one."""
     if isinstance(dataset, datasets.Dataset):
         return np.asarray(dataset.with_format("numpy")["index"][:], np.int64)  # as a batch will hold it
     if isinstance(dataset, Subset):
         return dataset_index(dataset.dataset)[list(dataset.indices)]
-    return np.asarray(getattr(dataset, "index", np.arange(len(dataset))))
+    if isinstance(dataset, ConcatDataset):
+        starts = [start, *(start + size for size in dataset.cumulative_sizes[:-1])]
+        return np.concatenate([dataset_index(*part) for part in zip(dataset.datasets, starts, strict=True)])
+    return np.asarray(getattr(dataset, "index", np.arange(start, start + len(dataset))))
 
 
 def class_names(dataset: Dataset | None, label_names: Sequence[str] = ()) -> list[str] | None:
-    """The names of a data set's classes in the order of its labels, or None where it tells none."""
+    """The names of a data set's classes in the order of its labels, or None where it tells none.
+
+    Raises:
+        ValueError: If the parts of a concatenated set do not agree.
+    """
     dataset = innermost(dataset)
+    if isinstance(dataset, ConcatDataset):
+        one, *others = (class_names(part, label_names) for part in dataset.datasets)
+        if any(names != one for names in others):
+            raise ValueError(
+                f"the parts of a concatenated set number the classes otherwise ({one} and {others}): cast their label "
+                "columns to one ClassLabel"
+            )
+        return one
     if not isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
         return getattr(dataset, "label_names", None)
     features = dataset.features or {}  # a stream may not know them
@@ -381,6 +416,23 @@ def check_adapter(model: nn.Module, whose: str = "the student") -> None:
             f"the adapter of {whose} leaves out the running statistics of its {len(moving)} BatchNorm layers, which "
             "training moves: what is saved would predict otherwise. Add them to its PEFT configuration: "
             f"modules_to_save=[..., {', '.join(map(repr, names))}]"
+        )
+
+
+def check_reload(student: nn.Module) -> None:
+    """Refuse to load the best student at the end where its class and configuration do not make what is saved of it."""
+    if not isinstance(student, PreTrainedModel):
+        return
+    with torch.random.fork_rng(), torch.device("meta"):
+        made = type(student)(copy.deepcopy(student.config)).state_dict()
+    own = student.state_dict()
+    wrong = [name for name, tensor in own.items() if name not in made or made[name].shape != tensor.shape]
+    if wrong:
+        name = type(student).__name__
+        raise ValueError(
+            f"load_best_model_at_end could not load the student again: a {name} of its configuration has no such "
+            f"{', '.join(wrong[:3])} (was a part replaced by hand?). Replace it in the __init__ of a subclass, or "
+            "turn load_best_model_at_end off"
         )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset
 
 from hfkd.checks import dataset_index
 from hfkd.teacher import ColumnTeacher, DeferredTeacher, TeacherEnsemble
@@ -179,8 +179,8 @@ class DistillationContext:
             ValueError: If it shows none and has others.
         """
         index = torch.from_numpy(dataset_index(self.train_dataset))
-        first = self.sample()["index"].cpu()
-        if not torch.equal(first, index[: len(first)]):
+        ends = [0, len(index) - 1]  # of several sets in a row the last one may count from 0 again
+        if not torch.equal(self.take(self.train_dataset, ends)["index"].cpu(), index[ends]):
             raise ValueError(
                 "the column index of the training set is not 0, 1, …, and the set does not show it: give it an "
                 "`index` attribute, an array with one number a row"
@@ -205,6 +205,8 @@ class DistillationContext:
     def _plain(self, dataset: Dataset) -> Dataset:
         if isinstance(dataset, Subset):
             return Subset(self._plain(dataset.dataset), dataset.indices)
+        if isinstance(dataset, ConcatDataset):
+            return ConcatDataset(self._plain(part) for part in dataset.datasets)
         return getattr(dataset, "without_augmentation", lambda: dataset)()
 
     def loader(self, dataset: Dataset, batch_size: int) -> DataLoader:

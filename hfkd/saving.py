@@ -116,7 +116,7 @@ class SavingTrainer(Trainer):
             list_files(Path(output_dir))
 
     def _save(self, output_dir=None, state_dict=None):
-        with self.distiller.folded(self.model), base_without_home(self.model):
+        with self._module.folded(), base_without_home(self.model):
             super()._save(output_dir, whole_state(self.model) if self.is_fsdp_enabled else state_dict)
         # A pickle that nothing reads, with the Hub token and local paths in it.
         Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)

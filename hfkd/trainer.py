@@ -21,6 +21,7 @@ from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.utils.data import Dataset, IterableDataset, Sampler, SequentialSampler, Subset
 from tqdm.auto import tqdm
 from transformers import EvalPrediction, PreTrainedModel, TrainerCallback, set_seed
+from transformers.trainer_callback import CallbackHandler, TrainerControl
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import BestRun, denumpify_detensorize, has_length
 
@@ -42,6 +43,7 @@ from hfkd.checks import (
     check_labels,
     check_method,
     check_processes,
+    check_reload,
     check_sharding,
     check_student,
     check_teacher,
@@ -53,6 +55,7 @@ from hfkd.checks import (
     dataset_labels,
     innermost,
     problem_type_of,
+    set_epoch,
     teacher_column,
 )
 from hfkd.context import DistillationContext
@@ -111,6 +114,7 @@ class _DistillationModule(nn.Module):
         self._student = Capture(student, distiller.student_layers)
         self._teacher = nullcontext() if teacher is None else Capture(teacher, distiller.teacher_layers)
         self._compiled = self._terms
+        self._is_folded = False
 
     def compile_terms(self, **options) -> None:
         """Compile the forward pass; in place, so that nothing is wrapped and saved names stay what they are."""
@@ -158,7 +162,20 @@ class _DistillationModule(nn.Module):
         """The scores that evaluation uses, (B, C), in float32."""
         student = in_float32(run_model(self.student, batch))
         with autocast_off(student.logits.device):
-            return self.distiller.task_logits(student)
+            return student.logits if self._is_folded else self.distiller.task_logits(student)
+
+    @contextmanager
+    def folded(self) -> Iterator[None]:
+        """While open, the student alone predicts as all does, as it is to be saved; opened again, it stays so."""
+        if self._is_folded:
+            yield
+            return
+        with self.distiller.folded(self.student):
+            self._is_folded = True
+            try:
+                yield
+            finally:
+                self._is_folded = False
 
     def start(self) -> None:
         """Do nothing, as a forward pass: FSDP takes what runs first for the whole, and a hook may run a part first."""
@@ -218,6 +235,7 @@ class _Hooks(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer._check_method_is_own()
         self.trainer._term_sums, self.trainer._term_count = {}, 0
         self.trainer._cache_counts_before = self.trainer._cache_counts()
         self.trainer._find_best_checkpoint()
@@ -226,9 +244,7 @@ class _Hooks(TrainerCallback):
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         # Accelerate's sharded loader sets the epoch of a seedable sampler and then leaves the dataset out.
-        dataset = innermost(self.trainer.train_dataset)
-        if hasattr(dataset, "set_epoch"):
-            dataset.set_epoch(self.trainer.context.epoch)
+        set_epoch(self.trainer.train_dataset, self.trainer.context.epoch)
         self.trainer.distiller.on_epoch_begin(self.trainer.context)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
@@ -253,7 +269,8 @@ class _LastHook(TrainerCallback):
 class DistillationTrainer(SavingTrainer):
     """A ``transformers.Trainer`` whose model learns from a teacher.
 
-    ``trainer.model`` is always the plain student: it is saved, pushed and evaluated as any other model.
+    ``trainer.model`` is always the plain student: it is saved, pushed and evaluated as any other model. Within a step
+    a method with a task head (AEKT) has that beside it: ``trainer.save_model`` folds it in wherever it is called.
 
     Args:
         model: The student; None with ``model_init``.
@@ -263,7 +280,7 @@ class DistillationTrainer(SavingTrainer):
             the answers. None trains the student alone, unless the distiller
             brings a teacher of its own, or is given and the training set has a column ``teacher_logits`` or
             ``teacher_probabilities``: the answers of a teacher that is not here, in the student's order of classes.
-        distiller: The method; with a teacher :class:`~hfkd.distillers.KD` by default.
+        distiller: The method, of this trainer alone; with a teacher :class:`~hfkd.distillers.KD` by default.
         args: Training arguments.
         data_collator: By default :class:`~hfkd.data.DistillationCollator`, which also pads ``teacher_…`` columns.
         train_dataset: Rows with the models' inputs, ``labels`` (-100: unlabelled; or ``label``, or what
@@ -385,6 +402,7 @@ class DistillationTrainer(SavingTrainer):
         self._evaluated = torch.zeros(2, device=self.args.device)  # sum of losses, number of labelled samples
         self.add_callback(_Hooks(self))
         self.callback_handler.callbacks.insert(0, _LastHook(self))
+        self.callback_handler.call_event = self._call_event
 
     # Setting up
 
@@ -394,6 +412,8 @@ class DistillationTrainer(SavingTrainer):
         self.problem_type = problem_type_of(self.model)
         self._signature_columns = None
         check_adapter(self.model)
+        if self.args.load_best_model_at_end:
+            check_reload(self.model)
         self._set_up_labels()
         self._set_up_teacher(self._given_teacher)
         self._check_inputs(self._teacher_processing_class)
@@ -447,9 +467,20 @@ class DistillationTrainer(SavingTrainer):
         if self._is_unlabelled:
             self._check_method_without_labels()
         hard_label_loss = HardLabelLoss(self.problem_type, self.args.label_smoothing_factor, self.label_scale)
+        self._mark = object()
         for part in self.distiller.modules():
             if isinstance(part, Distiller):
-                part.hard_label_loss = hard_label_loss
+                part.hard_label_loss, part._set_up_by = hard_label_loss, self._mark
+
+    def _check_method_is_own(self) -> None:
+        """Refuse to train with a method that was set up for other data and models since."""
+        for part in self.distiller.modules():
+            if isinstance(part, Distiller) and part._set_up_by not in (None, self._mark):
+                raise ValueError(
+                    f"another trainer was made with this {type(part).__name__} before this one trained, and set it up "
+                    "for its own data and models: give each trainer a method of its own (copy.deepcopy before the "
+                    "first is made)"
+                )
 
     @property
     def _label_names(self) -> list[str]:
@@ -642,9 +673,7 @@ class DistillationTrainer(SavingTrainer):
 
     def _set_up_cache(self) -> None:
         """Open the store of the teacher's answers, which from now on stands before the teacher."""
-        images = innermost(self.train_dataset)
-        if isinstance(images, ImageDataset):
-            images.number_views()
+        self.train_dataset = with_numbered_views(self.train_dataset)
         check_cache(self.args, self.train_dataset, self.teacher_model)
         collated = []
         if type(self.data_collator) is not DistillationCollator:
@@ -660,7 +689,8 @@ class DistillationTrainer(SavingTrainer):
             self.train_dataset,
             self._teacher_columns(),
             precision=precision,
-            dtype=self.args.teacher_cache_dtype,
+            # Float16 would round numbers about 2,000 to whole ones.
+            dtype=self.args.teacher_cache_dtype or ("float32" if self.problem_type == "regression" else "float16"),
             top_k=self.args.teacher_cache_top_k,
             label_names=named_labels(self.model.config),
             label_orders=label_orders,
@@ -929,6 +959,12 @@ class DistillationTrainer(SavingTrainer):
     def _are_logits(self, predictions: Any) -> bool:
         is_one = isinstance(predictions, np.ndarray) and self.preprocess_logits_for_metrics is None
         return is_one and predictions.shape[1:] == (self.model.config.num_labels,)
+
+    def _call_event(self, event: str, *args, **kwargs) -> TrainerControl:
+        # A callback may save or score the model that it is given, and did so before without its task head. Not at
+        # steps, which would fold and unfold at every one.
+        with self._module.folded() if event in ("on_epoch_end", "on_evaluate", "on_save") else nullcontext():
+            return CallbackHandler.call_event(self.callback_handler, event, *args, **kwargs)
 
     # Logging
 
@@ -1239,6 +1275,15 @@ def spread(dataset: Dataset, count: int | None) -> list[int] | None:
     if count is None or isinstance(dataset, IterableDataset) or len(dataset) <= count:
         return None
     return torch.linspace(0, len(dataset) - 1, count).long().tolist()
+
+
+def with_numbered_views(dataset: Dataset) -> Dataset:
+    """A data set of images as a cache can keep them, and any other as it is; not in place: the caller trains on."""
+    if isinstance(dataset, Subset):
+        part = copy.copy(dataset)
+        part.dataset = with_numbered_views(dataset.dataset)
+        return part
+    return dataset.with_numbered_views() if isinstance(dataset, ImageDataset) else dataset
 
 
 def at_view(dataset: Dataset, view: int) -> Dataset:

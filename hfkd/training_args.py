@@ -46,8 +46,12 @@ class DistillationTrainingArguments(TrainingArguments):
             "const": "true",
         },
     )
-    teacher_cache_dtype: str = field(
-        default="float16", metadata={"help": "In which answers are kept.", "choices": ["float16", "float32"]}
+    teacher_cache_dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "In which answers are kept; by default logits of classes in float16, numbers in float32.",
+            "choices": ["float16", "float32"],
+        },
     )
     teacher_cache_top_k: int | None = field(
         default=None,
@@ -73,7 +77,7 @@ class DistillationTrainingArguments(TrainingArguments):
                 raise ValueError(f"{name} must be positive, got {rate}: leave it out for {default}")
         if str(self.teacher_cache).lower() in ("true", "false"):  # the word, or Python's
             self.teacher_cache = True if str(self.teacher_cache).lower() == "true" else None
-        if self.teacher_cache_dtype not in ("float16", "float32"):
+        if self.teacher_cache_dtype not in (None, "float16", "float32"):
             raise ValueError(f"teacher_cache_dtype must be float16 or float32, got {self.teacher_cache_dtype!r}")
         if self.teacher_cache_top_k is not None and self.teacher_cache_top_k < 1:
             raise ValueError(

@@ -442,6 +442,8 @@ CASES = [
     # Sizes
     ("no steps", lambda f: image(f, "--max_steps", "0"),
      ValueError, ["max_steps must be positive, got 0", "-1 trains for num_train_epochs"]),
+    ("evaluation casts the student", lambda f: image(f, "--bf16_full_eval"),
+     ValueError, ["bf16_full_eval turns the student itself into half precision", "drop it", "bf16=True"]),
     ("no epochs", lambda f: image(f, "--max_steps", "-1", "--num_train_epochs", "0"),
      ValueError, ["num_train_epochs must be positive, got 0", "set max_steps"]),
     ("no batch", lambda f: image(f, "--per_device_train_batch_size", "0"),

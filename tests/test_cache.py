@@ -29,7 +29,7 @@ from helpers import (
     weights,
 )
 from PIL import Image
-from torch.utils.data import IterableDataset, Subset
+from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset
 from transformers import DataCollatorWithPadding, ViTImageProcessor
 
 from hfkd import DistillationTrainingArguments, TeacherEnsemble
@@ -234,6 +234,32 @@ class Noisy(Rows):
         return {**row, "pixel_values": row["pixel_values"] + torch.rand(())}
 
 
+class Turning(Rows):
+    """Other inputs in each epoch."""
+
+    epoch = 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __getitem__(self, i):
+        row = super().__getitem__(i)
+        return {**row, "pixel_values": row["pixel_values"].roll(self.epoch, -1)}
+
+
+class Wrapped(Dataset):
+    """A data set around another that knows nothing of epochs."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, i):
+        return self.dataset[i]
+
+
 class Stream(IterableDataset):
     def __iter__(self):
         yield from map(rows("bert").__getitem__, range(16))
@@ -271,6 +297,28 @@ def duplicated():
 def test_what_cannot_be_kept_is_refused(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         cached(tmp_path, **options)
+
+
+@pytest.mark.parametrize("wrap", [lambda rows: rows, Wrapped, lambda rows: ConcatDataset([rows])])
+def test_a_data_set_that_changes_from_epoch_to_epoch_is_refused(tmp_path, wrap):
+    """Within one it does not, and is left at the first."""
+    dataset = Turning(rows("cifar").columns)
+    with pytest.raises(ValueError, match="gives other inputs each time"):
+        cached(tmp_path, "cifar", dataset=wrap(dataset))
+    assert dataset.epoch == 0
+
+
+def test_the_samples_of_sets_in_a_row_are_kept_by_their_numbers(tmp_path):
+    one, other = rows("bert"), rows("bert", seed=1)
+    with pytest.raises(ValueError, match="two training samples have the same number"):
+        cached(tmp_path, dataset=ConcatDataset([one, other]))
+    other = other.with_columns(index=torch.arange(16, 32))
+    trainer = cached(tmp_path, dataset=ConcatDataset([one, other]), max_steps=8)
+    trainer.train()
+    assert counts(trainer) == (32, 32)
+    again = cached(tmp_path, dataset=ConcatDataset([other, one]), max_steps=4)
+    again.train()
+    assert counts(again) == (32, 0)
 
 
 PLAIN = DistillationCollator()
@@ -354,6 +402,29 @@ def test_logits_beyond_the_dtype_are_refused(tmp_path):
     with pytest.raises(ValueError, match='logits one is 1e[+]06, beyond float16: pass teacher_cache_dtype="float32"'):
         cached(tmp_path, teacher=teacher).train()
     cached(tmp_path, teacher=teacher, teacher_cache_dtype="float32").train()
+
+
+def test_numbers_are_kept_whole(tmp_path):
+    """Float16 has every second whole number from 2,048 on, and nothing between 2,000 and 2,001."""
+    teacher = tiny_teacher("bert", num_labels=1)
+    with torch.no_grad():
+        teacher.classifier.bias.fill_(2000.0)
+    dataset = rows("bert").with_columns(labels=2000 + torch.randn(16))
+
+    def run(**arguments):
+        where, student = tmp_path / "run", tiny("bert", num_labels=1)
+        options = {"teacher_cache": True, "max_steps": 2, **arguments}
+        trainer = make_trainer(where, student, teacher, KD(), dataset, learning_rate=1e-5, **options)
+        trainer.train()
+        return trainer
+
+    trainer = run()
+    kept, known = table(trainer.cache)
+    assert known.all()
+    batch = trainer.data_collator([dataset[i] for i in range(16)])
+    assert torch.equal(torch.from_numpy(kept), trainer.teacher(batch).logits)
+    assert table(run(teacher_cache_dtype="float16").cache)[0].dtype == "float16"
+    assert table(cached(tmp_path).cache)[0].dtype == "float16"
 
 
 @pytest.mark.parametrize(("given", "kept"), [(True, True), ("true", True), ("False", None), (None, None), ("x", "x")])
@@ -573,11 +644,26 @@ def test_augmentation_without_numbered_views_gets_sixteen(tmp_path, options, vie
     for name, part in (("whole", lambda rows: rows), ("part", lambda rows: Subset(rows, [0, 1]))):
         dataset = images(**options)
         trainer = cached(tmp_path / name, "cifar", dataset=part(dataset), max_steps=2)
-        assert trainer.cache.views == views == (dataset.number_of_views or 0)
+        assert trainer.cache.views == views
         trainer.train()
         assert {row["teacher_cache_views"] for row in trainer.state.log_history if "teacher_cache_views" in row} == (
             {views} if views else set()
         )
+
+
+@pytest.mark.parametrize("part", [lambda rows: rows, lambda rows: Subset(rows, [0, 1])])
+def test_the_callers_images_keep_all_their_views(tmp_path, part):
+    """A baseline without a cache, made of the same data set afterwards, trains on as many as ever."""
+    dataset = images(augment="crop_flip")
+    whole = part(dataset)
+    trainer = cached(tmp_path, "cifar", dataset=whole, num_train_epochs=3, max_steps=-1)
+    trainer.train()
+    assert trainer.cache.views == 16
+    assert dataset.number_of_views is None
+    assert int(dataset._epoch) == 0
+    baseline = make_trainer(tmp_path / "baseline", tiny("cifar"), None, None, whole)
+    assert baseline.train_dataset is whole
+    assert "view" not in whole[0]
 
 
 @pytest.mark.parametrize("options", [{"augment": "crop_flip"}, {"rand_augment": "rand-m9-mstd0.5"}])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from helpers import (
+    FAMILIES,
     NUM_LABELS,
     Bank,
     MovingAverage,
@@ -28,11 +29,11 @@ from helpers import (
 )
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from torch.utils.data import IterableDataset, Subset
-from transformers import DataCollatorWithPadding
+from torch.utils.data import ConcatDataset, IterableDataset, Subset
+from transformers import BertForSequenceClassification, DataCollatorWithPadding
 
 from hfkd import DistillationTrainer, DistillationTrainingArguments
-from hfkd.checks import check_processes, check_sharding
+from hfkd.checks import check_processes, check_reload, check_sharding, class_names
 from hfkd.distillers import DKD, KD, TTM, StudentAlone, Wrapper
 from hfkd.labels import align_labels, head_looks_new
 
@@ -374,6 +375,44 @@ def test_a_loss_that_would_bypass_the_distiller_is_refused(tmp_path):
         make_trainer(tmp_path, tiny("bert"), tiny_teacher("bert"), KD(), rows("bert"), trainer=more)
 
 
+class DeepHead(BertForSequenceClassification):
+    """With a head that its configuration makes."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.classifier = deep_head()
+
+
+def deep_head():
+    return nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, NUM_LABELS))
+
+
+def test_a_head_replaced_by_hand_cannot_be_loaded_at_the_end(tmp_path):
+    """It was noticed after the last step."""
+
+    def trainer(student, **arguments):
+        times = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+        data = {"eval_dataset": rows("bert")}
+        return make_trainer(tmp_path, student, None, None, rows("bert"), trainer=data, **times, **arguments)
+
+    by_hand = tiny("bert")
+    by_hand.classifier = deep_head()
+    with pytest.raises(ValueError, match="BertForSequenceClassification .* no such classifier.0.weight, .* subclass"):
+        trainer(by_hand, load_best_model_at_end=True)
+    trainer(by_hand).train()
+    trainer(DeepHead(by_hand.config), load_best_model_at_end=True).train()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_loads_again_is_taken_and_draws_nothing(family):
+    student = tiny(family)
+    torch.manual_seed(3)
+    check_reload(student)
+    drawn = torch.rand(3)
+    torch.manual_seed(3)
+    assert torch.equal(drawn, torch.rand(3))
+
+
 def test_a_distiller_by_name_is_refused(tmp_path):
     with pytest.raises(TypeError, match=r"distiller must be a Distiller, got str: pass KD\(\), not its name"):
         make_trainer(tmp_path, tiny("bert"), tiny_teacher("bert"), "kd", rows("bert"))
@@ -619,3 +658,13 @@ def test_text_labels_are_refused_by_the_collator():
 
     with pytest.raises(ValueError, match="column 'label' holds 'good': map labels to class indices first"):
         DistillationCollator()([{"x": 1, "label": "good"}])
+
+
+def test_parts_of_one_set_have_the_same_classes():
+    def part(*names):
+        features = datasets.Features({"labels": datasets.ClassLabel(names=list(names))})
+        return datasets.Dataset.from_dict({"labels": [0, 1]}, features=features)
+
+    assert class_names(ConcatDataset([part("cat", "dog"), part("cat", "dog")])) == ["cat", "dog"]
+    with pytest.raises(ValueError, match="cast their label columns to one ClassLabel"):
+        class_names(ConcatDataset([part("cat", "dog"), part("dog", "cat")]))

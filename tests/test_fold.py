@@ -375,6 +375,61 @@ def test_callbacks_find_the_student_folded_at_the_end(tmp_path):
     assert far_apart(each.predictions[4], each.predictions[3])
 
 
+class Uses(Each):
+    """Saves, scores and lets the trainer save and score the model that it is given."""
+
+    def __init__(self, kind, folder):
+        super().__init__(kind)
+        self.folder, self.seen, self.nested = folder, [], False
+
+    def use(self, event, step, model):
+        if self.nested:
+            return
+        self.nested = True
+        trainer, folder = self.trainer, self.folder / f"{event}-{step}"
+        model.save_pretrained(folder / "model")
+        trainer.save_model(folder / "trainer")
+        loaded = [plain_logits(plainly_loaded(folder / name, self.kind), self.kind) for name in ("model", "trainer")]
+        for logits in (plain_logits(model, self.kind), *loaded, predicted(trainer, self.kind)):
+            torch.testing.assert_close(logits, self.predictions[step], rtol=1e-5, atol=1e-5)
+        if event != "evaluation":
+            trainer.evaluate(metric_key_prefix=event)
+        self.seen.append((event, step))
+        self.nested = False
+
+    def on_epoch_end(self, args, state, control, model=None, **kwargs):
+        self.use("epoch", state.global_step, model)
+
+    def on_evaluate(self, args, state, control, model=None, **kwargs):
+        self.use("evaluation", state.global_step, model)
+
+    def on_save(self, args, state, control, model=None, **kwargs):
+        self.use("save", state.global_step, model)
+
+
+@pytest.mark.parametrize("kind", STUDENTS)
+def test_a_callback_is_given_the_student_that_was_scored(tmp_path, kind):
+    def run(name, each):
+        evaluation = {"eval_dataset": rows(family_of(kind), 24, seed=3)}
+        times = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 3}
+        trainer = each.watch(learning(tmp_path / name, kind, serial(), trainer=evaluation, **times))
+        trainer.train()
+        return trainer
+
+    uses = Uses(kind, tmp_path / "students")
+    trainer = run("used", uses)
+    assert [step for event, step in uses.seen if event == "evaluation"] == [1, 2, 3, 4]
+    assert ("epoch", 2) in uses.seen
+    assert ("save", 3) in uses.seen
+    scored = logged(trainer, "eval_loss")
+    assert logged(trainer, "epoch_loss") == pytest.approx([scored[1], scored[3]], rel=1e-5)
+    assert logged(trainer, "save_loss") == pytest.approx([scored[2], scored[3]], rel=1e-5)
+    plain = run("plain", Each(kind))
+    assert_identical(weights(trainer.model, trainer.distiller), weights(plain.model, plain.distiller))
+    files = [tmp_path / name / "checkpoint-3" / DISTILLER_NAME for name in ("used", "plain")]
+    assert_identical(*map(safetensors.torch.load_file, files))
+
+
 # Other orders, and inside of other methods
 
 

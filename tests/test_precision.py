@@ -185,6 +185,23 @@ def test_frozen_and_unused_parameters_stay_as_they_are(tmp_path):
     assert not torch.equal(start["0.classifier.weight"], end["0.classifier.weight"])
 
 
+@pytest.mark.parametrize("family", ["bert", "cifar"])
+def test_evaluation_leaves_the_student_its_precision(tmp_path, family):
+    """What transformers has for evaluation in half precision casts it in place, and images no longer fit it."""
+
+    def evaluated(**arguments):
+        data = {"eval_dataset": rows(family)}
+        trainer = make_trainer(tmp_path, tiny(family), None, None, rows(family), trainer=data, **arguments)
+        trainer.evaluate()
+        return trainer.model
+
+    for name in ("bf16", "fp16"):
+        with pytest.raises(ValueError, match=f"{name}_full_eval turns the student .* drop it, .*{name}=True"):
+            evaluated(**{f"{name}_full_eval": True})
+    model = evaluated(bf16=True)
+    assert {tensor.dtype for tensor in model.parameters()} == {torch.float32}
+
+
 # The teacher's own precision
 
 

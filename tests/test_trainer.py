@@ -18,6 +18,7 @@ from helpers import (
     Bank,
     MovingAverage,
     Mutual,
+    Rows,
     Weighted,
     assert_identical,
     freeze_batch_norm,
@@ -31,12 +32,12 @@ from helpers import (
     weights,
 )
 from torch import nn
-from torch.utils.data import Subset
+from torch.utils.data import ConcatDataset, Dataset, Subset
 from transformers import AutoModelForSequenceClassification, HfArgumentParser, TrainerCallback
 
 from hfkd import DistillationTrainingArguments
 from hfkd.data import DistillationCollator
-from hfkd.distillers import KD, Combined, Distiller, StudentAlone, Wrapper
+from hfkd.distillers import CRD, KD, Combined, Distiller, StandardizedLogits, StudentAlone, Wrapper
 
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -402,6 +403,30 @@ def test_the_label_scale_reaches_wrapped_and_combined_methods(tmp_path):
     assert len(losses) == 5
     assert {(loss.scale, loss.label_smoothing) for loss in losses} == {(2.0, 0.1)}
     assert Distiller.hard_label_loss.scale == 1.0
+
+
+def alone(method):
+    return Combined({"a": method}, task_from="a")
+
+
+@pytest.mark.parametrize("wrap", [lambda method: method, StandardizedLogits, alone])
+def test_a_method_that_another_trainer_has_set_up_is_refused(tmp_path, wrap):
+    """Its label scale, memories and layers are the other's by then; once the first has trained it may go on."""
+    some, method = rows("bert"), KD()
+    some.columns["labels"][:8] = -100
+
+    def trainer(dataset, method):
+        return make_trainer(tmp_path, tiny("bert"), tiny_teacher("bert"), method, dataset, max_steps=1)
+
+    first = trainer(some, wrap(method))
+    second = trainer(rows("bert"), method)
+    with pytest.raises(ValueError, match="another trainer was made with this KD before .* a method of its own"):
+        first.train()
+    second.train()
+    third = trainer(some, copy.deepcopy(method))
+    trainer(rows("bert"), method)
+    third.train()
+    assert third.distiller.hard_label_loss.scale == 2
 
 
 def test_rows_without_a_label_column_teach_by_distillation_alone(tmp_path):
@@ -787,6 +812,58 @@ def test_a_subset_is_augmented_and_scaled_as_its_whole(tmp_path):
     assert trainer.label_scale == 20 / known
     trainer.train()
     assert int(whole._epoch) == 1
+
+
+class Around(Dataset):
+    """A data set around another that knows nothing of epochs."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, i):
+        return self.dataset[i]
+
+
+class HalfAsFast(Around):
+    """Counts the epochs of what is inside in its own way."""
+
+    def set_epoch(self, epoch):
+        self.dataset.set_epoch(epoch // 2)
+
+
+def test_every_part_of_a_training_set_learns_what_epoch_it_is(tmp_path):
+    from hfkd.data import ImageDataset, load_image_data, processor_for
+
+    student = tiny("cifar", num_labels=10)
+    split = load_image_data("digits", max_train_samples=40).train
+    parts = [
+        ImageDataset(split.select(range(start, start + 10)), processor_for(student), augment="crop")
+        for start in range(0, 40, 10)
+    ]
+    dataset = ConcatDataset([parts[0], Subset(parts[1], [1, 2]), Around(parts[2]), HalfAsFast(parts[3])])
+    make_trainer(tmp_path, student, None, None, dataset, num_train_epochs=3, max_steps=-1).train()
+    assert [int(part._epoch) for part in parts] == [2, 2, 2, 1]
+
+
+def test_data_sets_in_a_row_are_scaled_and_looked_up_as_one(tmp_path):
+    one, other = rows("bert"), rows("bert", seed=1).with_columns(index=torch.arange(50, 66))
+    one.columns["labels"][:8] = -100
+    with pytest.raises(ValueError, match="is not 0, 1, …, and the set does not show it"):
+        make_trainer(tmp_path, tiny("bert"), tiny_teacher("bert"), CRD(), ConcatDataset([one, other]))
+    whole = Rows({name: torch.cat([column, other.columns[name]]) for name, column in one.columns.items()})
+    for dataset in (one, other, whole):
+        dataset.index = dataset.columns["index"].numpy()
+    runs = {}
+    for name, dataset in (("parts", ConcatDataset([one, other])), ("whole", whole)):
+        distiller = CRD(negatives=4)
+        trainer = make_trainer(tmp_path / name, tiny("bert"), tiny_teacher("bert"), distiller, dataset)
+        assert trainer.label_scale == 32 / 24
+        trainer.train()
+        runs[name] = weights(trainer.model, trainer.distiller)
+    assert_identical(runs["parts"], runs["whole"])
 
 
 def test_nothing_pickled_and_no_token_is_left_beside_the_student(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import assert_identical, freeze_batch_norm, rows, tiny, tokenizer, weights
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
 
 from hfkd import DistillationTrainer
 from hfkd.saving import SavingTrainer
@@ -62,6 +63,12 @@ def test_the_methods_we_override_have_the_signatures_we_know(name):
         assert upstream == OVERRIDDEN[name]
         ours = list(inspect.signature(getattr(DistillationTrainer, name)).parameters)[1:]
         assert ours == upstream
+
+
+def test_callbacks_are_called_as_we_know():
+    """We stand before it, to fold a task head around some events."""
+    assert [*inspect.signature(CallbackHandler.call_event).parameters][:2] == ["self", "event"]
+    assert "self.call_event(" in inspect.getsource(CallbackHandler.on_evaluate)
 
 
 def stock(folder, model, dataset, trainer=Trainer, **arguments):

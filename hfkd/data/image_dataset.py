@@ -184,13 +184,17 @@ class ImageDataset(Dataset):
         """Whether a sample differs from epoch to epoch."""
         return self._shown_view is None and any((self.augment, self.rand_augment, self.mixup))
 
-    def number_views(self) -> None:
-        """Where augmentation is endless, draw from 16 views of a sample from now on, or from all that there are.
+    def with_numbered_views(self) -> "ImageDataset":
+        """Where augmentation is endless, the same samples in 16 views each, or in all that there are; else itself.
 
-        A teacher's cache needs numbered views; 16 is what docs/benchmarks.md found.
+        A teacher's cache needs numbered views; 16 is what docs/benchmarks.md found. Decoded images are shared.
         """
-        if self.is_augmented and self.number_of_views is None and self.mixup is None:
-            self.number_of_views = min(DEFAULT_VIEWS, self.outcomes or DEFAULT_VIEWS)
+        if not self.is_augmented or self.number_of_views is not None or self.mixup is not None:
+            return self
+        numbered = copy.copy(self)
+        numbered.number_of_views = min(DEFAULT_VIEWS, self.outcomes or DEFAULT_VIEWS)
+        numbered._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+        return numbered
 
     @property
     def outcomes(self) -> int | None:

@@ -111,7 +111,10 @@ class AEKT(Distiller):
     - ``order="distill_first"``: distillation on z, cross-entropy and prediction on Wz + b. Wherever the student is
       written, and for good when training ends, W is folded into its classifier (:math:`W W_h`, :math:`W b_h + b`,
       computed in float64), so that the student keeps its architecture and predicts as before, but for rounding to the
-      classifier's precision. A checkpoint keeps W and the unfolded classifier in ``distiller.safetensors``.
+      classifier's precision. A checkpoint keeps W and the unfolded classifier in ``distiller.safetensors``. Callbacks
+      find W folded in ``on_epoch_end``, ``on_evaluate``, ``on_save`` and ``on_train_end``; elsewhere, as in
+      ``on_step_end``, ``trainer.save_model(folder)`` writes the student that predicts, not the model's own
+      ``save_pretrained``.
     - ``order="classify_first"``: cross-entropy and prediction on z, distillation on Wz + b. W is dropped at the end.
     - ``order=None``: no such layer.
 

@@ -123,6 +123,7 @@ class Distiller(nn.Module):
     problem_types: tuple[str, ...] = ("single_label",)
     default_learning_rate: float | None = None
     hard_label_loss = HardLabelLoss()
+    _set_up_by: object = None  # a mark of the last trainer, which itself would be copied and pickled along
 
     def make_teacher(self, student: nn.Module) -> nn.Module | None:
         """Return a teacher (a PreTrainedModel) for a method that brings its own: a copy, an average, a peer."""
@@ -181,7 +182,8 @@ class Distiller(nn.Module):
     def folded(self, student: nn.Module) -> Iterator[None]:
         """While open, the student is what is to be saved; afterwards it is, to the bit, what it was before.
 
-        The trainer opens it around every write of the student. A method with a task head works it into the student,
+        The trainer opens it around every write of the student, and around the callbacks' ``on_epoch_end``,
+        ``on_evaluate`` and ``on_save``, never twice at once. A method with a task head works it into the student,
         so that its plain logits are :meth:`task_logits`, and keeps in its buffers what it replaces: a checkpoint's
         distiller is written after its student.
         """

@@ -40,6 +40,9 @@ class Context:
     def labels(self, dataset: Rows):
         return dataset_labels(dataset)
 
+    def take(self, dataset: Rows, rows) -> dict[str, torch.Tensor]:
+        return collated(dataset, rows)
+
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
 
