@@ -425,7 +425,7 @@ class DistillationTrainer(SavingTrainer):
         self._cache_counts_before = self._cache_counts()
         self._finite_losses = FiniteLosses(self.args.device)
         self._resumed_from = None
-        self.evaluations, self._last_output, self._card = Evaluations(), None, {}  # what the model card is made of
+        self.evaluations, self._outputs, self._card = Evaluations(), [], {}  # what the model card is made of
 
     def _move_images(self, device: torch.device) -> None:
         """Let small image sets live on the device, where the loader works in this process."""
@@ -942,14 +942,18 @@ class DistillationTrainer(SavingTrainer):
         output.metrics.pop(f"{metric_key_prefix}_loss", None)
         if labelled:
             output.metrics[f"{metric_key_prefix}_loss"] = loss / labelled
-        self._last_output = output
+        if self._outputs and self._outputs[-1] is None:
+            self._outputs[-1] = output
         return output
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        self._outputs.append(None)  # for its own loop: a callback may evaluate meanwhile
+        try:
+            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        finally:
+            output = self._outputs.pop()
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         dataset = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
-        output, self._last_output = self._last_output, None
         if not isinstance(dataset, (dict, IterableDataset)):  # of several sets each one came by here
             if self._are_logits(output.predictions) and isinstance(output.label_ids, np.ndarray):
                 answers = Answers(dataset, None, output.predictions, output.label_ids)

@@ -614,6 +614,22 @@ def test_predictions_are_those_of_the_rows(tmp_path, arguments):
     assert len(trainer.get_train_dataloader()) == (1 if "dataloader_drop_last" in arguments else 2)
 
 
+def test_a_callback_may_evaluate_when_evaluation_ends(tmp_path):
+    class Again(TrainerCallback):
+        def on_evaluate(self, args, state, control, **kwargs):
+            if not found:
+                found.append(None)
+                found[:] = [trainer.evaluate(other, metric_key_prefix="other"), trainer.predict(other).metrics]
+
+    own, other, found = rows("bert", 6, seed=1), rows("bert", 9, seed=2), []
+    trainer = make_trainer(tmp_path, tiny("bert"), None, None, rows("bert"), trainer={"eval_dataset": own})
+    trainer.add_callback(Again())
+    trainer.evaluate()
+    assert found[0]["other_loss"] == pytest.approx(found[1]["test_loss"])
+    sizes = {name: len(answers.logits) for name, answers in trainer.evaluations.student.items()}
+    assert sizes == {"eval": 6, "other": 9}
+
+
 def test_workers_that_persist_do_not_make_one_set_of_two(tmp_path):
     """transformers keeps one loader for all sets without a name."""
     own, other = rows("bert", 6, seed=1), rows("bert", 9, seed=2)
