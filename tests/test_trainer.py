@@ -622,7 +622,8 @@ def test_a_callback_may_evaluate_when_evaluation_ends(tmp_path):
                 found[:] = [trainer.evaluate(other, metric_key_prefix="other"), trainer.predict(other).metrics]
 
     own, other, found = rows("bert", 6, seed=1), rows("bert", 9, seed=2), []
-    trainer = make_trainer(tmp_path, tiny("bert"), None, None, rows("bert"), trainer={"eval_dataset": own})
+    settings = {"eval_dataset": own, "compute_metrics": lambda prediction: {}}
+    trainer = make_trainer(tmp_path, tiny("bert"), None, None, rows("bert"), trainer=settings)
     trainer.add_callback(Again())
     trainer.evaluate()
     assert found[0]["other_loss"] == pytest.approx(found[1]["test_loss"])
