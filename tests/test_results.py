@@ -18,6 +18,8 @@ KD = "KD"  # the student alone asks no teacher, and all have the same
 # <!-- results: STUDY:METRIC | STUDY:METRIC - BASELINE --> above a table, one source a column behind the first; the
 # first column is the method's name in the study, or <!-- rows: NAME | NAME --> says which it is.
 TABLES = re.findall(r"<!-- results: (.+?) -->\n(?:<!-- rows: (.+?) -->\n)?\n(\|.+?)\n\n", PAGE, re.DOTALL)
+# <!-- answers: STUDY | STUDY --> above <!-- rows: QUESTION: METHOD | … -->, one study a column behind the first.
+ANSWERS = re.findall(r"<!-- answers: (.+?) -->\n<!-- rows: (.+?) -->\n\n(\|.+?)\n\n", PAGE, re.DOTALL)
 
 
 @cache
@@ -28,6 +30,11 @@ def runs_of(study: str) -> list[dict]:
 @cache
 def item_errors() -> dict:
     return json.loads((ROOT / "results" / "item_errors.json").read_text(encoding="utf-8"))
+
+
+@cache
+def answers() -> list[dict]:
+    return json.loads((ROOT / "results" / "answers.json").read_text(encoding="utf-8"))
 
 
 def scores_of(study: str, method: str, metric: str) -> dict[int, float]:
@@ -62,8 +69,25 @@ def expected(source: str, method: str) -> str:
     return f"{mean:+.{digits}f} ({mean - half:+.{digits}f} to {mean + half:+.{digits}f})"
 
 
+@pytest.mark.parametrize(("studies", "rows", "table"), ANSWERS, ids=[studies for studies, _, _ in ANSWERS])
+def test_a_table_says_what_was_answered(studies, rows, table):
+    """Its rows are questions (a part of their words) and methods."""
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    for row, (_, *cells) in zip(rows.split("|"), lines, strict=True):
+        question, method = row.split(":")
+        for study, cell in zip(studies.split("|"), cells, strict=True):
+            (found,) = (
+                answer
+                for answer in answers()
+                if (answer["study"], answer["what"]) == (study.strip(), method.strip())
+                and question.strip() in answer["question"]
+            )
+            assert cell == f"{found['mean']:.2f} ({found['low']:.2f} to {found['high']:.2f})", row
+
+
 def test_every_table_with_a_source_is_found():
     assert len(TABLES) == len(re.findall(r"<!--\s*results", PAGE)) > 4
+    assert len(ANSWERS) == len(re.findall(r"<!--\s*answers", PAGE)) > 0
 
 
 @pytest.mark.parametrize(("sources", "rows", "table"), TABLES, ids=[sources for sources, _, _ in TABLES])
@@ -85,9 +109,8 @@ def test_most_studies_have_such_a_table():
 
 
 def test_the_papers_claims_are_answered_by_what_was_found():
-    answers = json.loads((ROOT / "results" / "answers.json").read_text(encoding="utf-8"))
     found = set()
-    for answer in answers:
+    for answer in answers():
         for factor, digits, sign in itertools.product((1, 100), (1, 2, 3), ("", "+")):
             found.add(tuple(f"{factor * answer[key]:{sign}.{digits}f}" for key in ("mean", "low", "high")))
     section = PAGE.split("## The papers' claims")[1].split("\n## ")[0].replace("−", "-")
