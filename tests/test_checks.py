@@ -413,6 +413,14 @@ def test_what_loads_again_is_taken_and_draws_nothing(family):
     assert torch.equal(drawn, torch.rand(3))
 
 
+def test_a_class_that_is_made_otherwise_is_not_judged():
+    class Made(BertForSequenceClassification):
+        def __init__(self, config, width):
+            super().__init__(config)
+
+    check_reload(Made(tiny("bert").config, 3))
+
+
 def test_a_distiller_by_name_is_refused(tmp_path):
     with pytest.raises(TypeError, match=r"distiller must be a Distiller, got str: pass KD\(\), not its name"):
         make_trainer(tmp_path, tiny("bert"), tiny_teacher("bert"), "kd", rows("bert"))
