@@ -239,13 +239,13 @@ def class_names(dataset: Dataset | None, label_names: Sequence[str] = ()) -> lis
     """
     dataset = innermost(dataset)
     if isinstance(dataset, ConcatDataset):
-        one, *others = (class_names(part, label_names) for part in dataset.datasets)
-        if any(names != one for names in others):
+        named = [names for part in dataset.datasets if (names := class_names(part, label_names))]
+        if any(names != named[0] for names in named):
             raise ValueError(
-                f"the parts of a concatenated set number the classes otherwise ({one} and {others}): cast their label "
-                "columns to one ClassLabel"
+                f"the parts of a concatenated set number the classes otherwise ({named}): cast their label columns to "
+                "one ClassLabel"
             )
-        return one
+        return named[0] if named else None
     if not isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
         return getattr(dataset, "label_names", None)
     features = dataset.features or {}  # a stream may not know them

@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +105,7 @@ def test_peak_memory_is_that_of_arrays_and_not_of_mapped_files(benchmark, tmp_pa
     assert memory.peak - memory.start < size / 2
     with measure.PeakMemory() as memory:
         held = np.ones(size, np.uint8)
+        time.sleep(0.2)  # the thread that watches may have to wait for a core
         del held
     assert size / 2 < memory.peak - memory.start < 2 * size
 
