@@ -614,6 +614,19 @@ def test_predictions_are_those_of_the_rows(tmp_path, arguments):
     assert len(trainer.get_train_dataloader()) == (1 if "dataloader_drop_last" in arguments else 2)
 
 
+def test_batches_by_length_are_others_in_every_epoch_and_seed(tmp_path):
+    def order(seed, epoch):
+        strategy = {"train_sampling_strategy": "group_by_length", "seed": seed}
+        trainer = make_trainer(tmp_path, tiny("bert"), None, None, rows("bert", 32), **strategy)
+        trainer.state.epoch = epoch
+        return tuple(trainer._get_train_sampler())
+
+    orders = {(seed, epoch): order(seed, epoch) for seed in (0, 1) for epoch in (0, 1)}
+    assert len({*orders.values()}) == 4
+    assert {*map(len, orders.values())} == {32} == {len({*found}) for found in orders.values()}
+    assert order(1, 1) == orders[1, 1]
+
+
 def test_a_callback_may_evaluate_when_evaluation_ends(tmp_path):
     class Again(TrainerCallback):
         def on_evaluate(self, args, state, control, **kwargs):
