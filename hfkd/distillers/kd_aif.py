@@ -219,7 +219,8 @@ class KDAIF(Wrapper):
             :math:`w_i \mathrm{CE}`; ``"meta"``, also from Meta Pseudo Labels: one step late,
             :math:`(R_\text{val}^\text{old} - R_\text{val}^\text{new}) \cdot \mathrm{CE}(p^T, \hat y)` on the batch of
             the student's step and the teacher's own answers :math:`\hat y` to it. The risk is measured on one
-            held-out batch a step, with the student in evaluation mode. Trains on one process only.
+            held-out batch a step, with the student in evaluation mode. Trains on one process only. Give a trained
+            teacher a ``teacher_learning_rate`` a hundredth of the student's: at the same one it unlearns.
         refresh_epochs: Epochs between refreshes.
         warm_up: Share of training with weights of 1 before the first refresh; our choice.
 
