@@ -57,7 +57,7 @@ class Answers:
             return None
         rows = slice(None) if other.rows is None else other.rows
         mine = Answers(self.dataset, other.rows, self.logits[rows], self.labels[rows])
-        # Unlike where a sampler, such as one by length, gave the rows in another order.
+        # Unlike where a sampler of one's own gave the rows in another order.
         return mine if np.array_equal(mine.labels, other.labels) else None
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from helpers import (
     NUM_LABELS,
+    Around,
     Mutual,
     Rows,
     as_datasets,
@@ -29,7 +30,7 @@ from helpers import (
     weights,
 )
 from PIL import Image
-from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset
+from torch.utils.data import ConcatDataset, IterableDataset, Subset
 from transformers import DataCollatorWithPadding, ViTImageProcessor
 
 from hfkd import DistillationTrainingArguments, TeacherEnsemble
@@ -247,19 +248,6 @@ class Turning(Rows):
         return {**row, "pixel_values": row["pixel_values"].roll(self.epoch, -1)}
 
 
-class Wrapped(Dataset):
-    """A data set around another that knows nothing of epochs."""
-
-    def __init__(self, dataset):
-        self.dataset = dataset
-
-    def __len__(self):
-        return len(self.dataset)
-
-    def __getitem__(self, i):
-        return self.dataset[i]
-
-
 class Stream(IterableDataset):
     def __iter__(self):
         yield from map(rows("bert").__getitem__, range(16))
@@ -299,7 +287,7 @@ def test_what_cannot_be_kept_is_refused(tmp_path, options, message):
         cached(tmp_path, **options)
 
 
-@pytest.mark.parametrize("wrap", [lambda rows: rows, Wrapped, lambda rows: ConcatDataset([rows])])
+@pytest.mark.parametrize("wrap", [lambda rows: rows, Around, lambda rows: ConcatDataset([rows])])
 def test_a_data_set_that_changes_from_epoch_to_epoch_is_refused(tmp_path, wrap):
     """Within one it does not, and is left at the first."""
     dataset = Turning(rows("cifar").columns)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from helpers import (
     FAMILIES,
     NUM_LABELS,
+    Around,
     Bank,
     MovingAverage,
     Mutual,
@@ -32,7 +33,7 @@ from helpers import (
     weights,
 )
 from torch import nn
-from torch.utils.data import ConcatDataset, Dataset, Subset
+from torch.utils.data import ConcatDataset, Subset
 from transformers import AutoModelForSequenceClassification, HfArgumentParser, TrainerCallback
 
 from hfkd import DistillationTrainingArguments
@@ -842,19 +843,6 @@ def test_a_subset_is_augmented_and_scaled_as_its_whole(tmp_path):
     assert trainer.label_scale == 20 / known
     trainer.train()
     assert int(whole._epoch) == 1
-
-
-class Around(Dataset):
-    """A data set around another that knows nothing of epochs."""
-
-    def __init__(self, dataset):
-        self.dataset = dataset
-
-    def __len__(self):
-        return len(self.dataset)
-
-    def __getitem__(self, i):
-        return self.dataset[i]
 
 
 class HalfAsFast(Around):
