@@ -10,17 +10,22 @@ answer; pass one that was trained on the same noisy labels (examples/run_image_k
 --held_out_fraction) for a figure that counts.
 
 ``safe`` compares the weights of one run with those of the same run when a tenth of the training images is perturbed
-(noise of 25 grey levels) or replaced by uniform noise (outliers), with another seed as the yardstick, and gives gaps
-between classes, time and energy. Rank graduation robustness: Babaei, Giudici and Raffinetti 2025; our reading.
+(noise of 25 grey levels) or replaced by uniform noise (outliers), with other seeds as the yardstick, and gives gaps
+between classes, time and energy, each by seed and with a 95 % interval. Rank graduation robustness: Babaei, Giudici
+and Raffinetti 2025; our reading. A finished run is kept (safe-….json) and read again: --seeds 0 and --seeds 1 in two
+shells, then --seeds 0 1 for both.
 
 Everything goes to noise-….json and safe.json in --output_dir. Takes about 3 minutes a run on one core.
 """
 
 import argparse
+import itertools
 import json
 import os
+import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +37,9 @@ from transformers import set_seed
 
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
+sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "scripts")]
 import run_image_kd  # noqa: E402
+from compare_distillers import interval, write_json  # noqa: E402
 
 from hfkd import DistillationTrainer  # noqa: E402
 from hfkd.data import ImageDataset, load_image_data, processor_for  # noqa: E402
@@ -150,9 +156,10 @@ def teach(args, distiller, name: str, *, seed: int = 0, label_noise: float = 0.0
     result["test_accuracy"] = float(right.mean())
     result["accuracy_by_class"] = [float(right[output.label_ids == c].mean()) for c in range(data.num_labels)]
     if isinstance(distiller, KDAIF):
-        result["weights"] = distiller.weights.cpu().numpy().copy()
+        weights = distiller.weights.cpu().numpy()
         labels = train.labels[train.index.argsort()]
-        result["weight_by_class"] = [float(result["weights"][labels == c].mean()) for c in range(data.num_labels)]
+        result["weights"] = weights.tolist()
+        result["weight_by_class"] = [float(weights[labels == c].mean()) for c in range(data.num_labels)]
     return result
 
 
@@ -199,56 +206,77 @@ def noise(args) -> None:
     print(f"seconds of the last: {report['refreshes'][-1]['seconds']}")
 
 
+def altered_rows(size: int) -> np.ndarray:
+    return np.random.default_rng(1).choice(size, size // 10, replace=False)
+
+
+def perturb(train: ImageDataset) -> None:
+    """Add noise of 25 grey levels to the altered rows."""
+    change(train, lambda rng, pixels: rng.normal(pixels, 25))
+
+
+def replace_by_noise(train: ImageDataset) -> None:
+    change(train, lambda rng, pixels: rng.uniform(0, 256, pixels.shape))
+
+
+def change(train: ImageDataset, new: Callable[[np.random.Generator, np.ndarray], np.ndarray]) -> None:
+    rows = altered_rows(len(train.pixels))
+    pixels = train.pixels[rows].astype(np.float64)
+    train.pixels = train.pixels.copy()
+    train.pixels[rows] = new(np.random.default_rng(2), pixels).clip(0, 255).astype(np.uint8)
+
+
+ALTERATIONS = {"perturbed": perturb, "outliers": replace_by_noise}
+
+
+def summary(values: list[float]) -> dict:
+    """Of one number a seed: the numbers, their mean, and its 95 % interval, which one seed does not have."""
+    return {"values": values, "mean": statistics.fmean(values), "interval": interval(values)}
+
+
 def safe(args) -> None:
-    def altered(kind: str):
-        def change(train: ImageDataset) -> None:
-            rng = np.random.default_rng(1)
-            rows = rng.choice(len(train), len(train) // 10, replace=False)
-            touched[kind] = rows
-            pixels = train.pixels[rows].astype(np.float64)
-            new = rng.uniform(0, 256, pixels.shape) if kind == "outliers" else rng.normal(pixels, 25)
-            train.pixels = train.pixels.copy()
-            train.pixels[rows] = new.clip(0, 255).astype(np.uint8)
+    splits = {"data_dir": args.data_dir, "validation_fraction": 0, "held_out_fraction": 0.1}
+    train = load_image_data("cifar10", **splits, max_train_samples=args.max_train_samples).train
+    place = np.argsort(np.argsort(train["index"][:]))  # of a training row among the weights
 
-        return change
+    def run(name: str, seed: int) -> dict:
+        """A run's result; that of an earlier call with the same arguments, where there is one."""
+        path = Path(args.output_dir) / f"safe-{name}-seed-{seed}.json"
+        asked = {**shown(args), "seeds": seed}
+        if path.is_file() and (stored := json.loads(path.read_text()))["arguments"] == asked:
+            return stored["result"]
+        distiller = KD() if name == "KD" else KDAIF(warm_up=args.warm_up, refresh_epochs=args.refresh_epochs)
+        result = teach(args, distiller, path.stem, seed=seed, change=ALTERATIONS.get(name))
+        for key in [key for key in result if key.endswith("_by_class")]:
+            result[f"{key}_gap"] = max(result[key]) - min(result[key])
+        write_json(path, {"arguments": asked, "result": result})
+        return result
 
-    touched: dict[str, np.ndarray] = {}
-
-    def weigh():
-        return KDAIF(KD(), warm_up=args.warm_up, refresh_epochs=args.refresh_epochs)
-
-    runs = {
-        "KD": teach(args, KD(), "kd"),
-        "KDAIF": teach(args, weigh(), "kdaif"),
-        "another seed": teach(args, weigh(), "kdaif-seed-1", seed=1),
-        "perturbed": teach(args, weigh(), "kdaif-perturbed", change=altered("perturbed")),
-        "outliers": teach(args, weigh(), "kdaif-outliers", change=altered("outliers")),
+    runs = {name: {seed: run(name, seed) for seed in args.seeds} for name in ("KD", "KDAIF", *ALTERATIONS)}
+    weights = {
+        name: {seed: np.array(result.pop("weights")) for seed, result in runs[name].items()} for name in list(runs)[1:]
     }
-    reference = runs["KDAIF"]["weights"]
-    data = load_image_data(
-        "cifar10",
-        data_dir=args.data_dir,
-        validation_fraction=0,
-        held_out_fraction=0.1,
-        max_train_samples=args.max_train_samples,
-    )
-    place = np.argsort(np.argsort(data.train["index"][:]))  # of a training row among the weights
+    pairs = {name: [(weights["KDAIF"][seed], weights[name][seed]) for seed in args.seeds] for name in ALTERATIONS}
+    pairs["another seed"] = list(itertools.combinations(weights["KDAIF"].values(), 2))
     report = {"arguments": shown(args), "stability": {}, "runs": {}}
-    for name in ("another seed", "perturbed", "outliers"):
-        kept = np.ones(len(reference), dtype=bool)
-        if name in touched:
-            kept[place[touched[name]]] = False
-        other = runs[name]["weights"]
+    for name in [name for name, both in pairs.items() if both]:
+        touched = np.zeros(len(place), dtype=bool)
+        if name in ALTERATIONS:
+            touched[place[altered_rows(len(place))]] = True
+        kept = [(reference[~touched], other[~touched]) for reference, other in pairs[name]]
         report["stability"][name] = {
-            "spearman": float(spearmanr(reference[kept], other[kept]).statistic),
-            "rank_graduation": rank_graduation(reference[kept], other[kept]),
-            "weight_of_altered": float(other[~kept].mean()) if name in touched else None,
+            "spearman": summary([float(spearmanr(*pair).statistic) for pair in kept]),
+            "rank_graduation": summary([rank_graduation(*pair) for pair in kept]),
         }
-    for name, run in runs.items():
-        run.pop("weights", None)
-        gaps = {f"{key}_gap": max(run[key]) - min(run[key]) for key in list(run) if key.endswith("by_class")}
-        report["runs"][name] = {**run, **gaps}
-    (Path(args.output_dir) / "safe.json").write_text(json.dumps(report, indent=1) + "\n")
+        if touched.any():
+            report["stability"][name]["weight_of_altered"] = summary(
+                [float(w[touched].mean()) for _, w in pairs[name]]
+            )
+    for name, results in runs.items():
+        first, *_ = results.values()
+        numbers = [key for key, value in first.items() if isinstance(value, float)]
+        report["runs"][name] = {key: summary([result[key] for result in results.values()]) for key in numbers}
+    write_json(Path(args.output_dir) / "safe.json", report)
     print(json.dumps(report, indent=1))
 
 
@@ -263,6 +291,7 @@ if __name__ == "__main__":
     parser.add_argument("--warm_up", type=float, default=0.3)
     parser.add_argument("--refresh_epochs", type=int, default=3)
     parser.add_argument("--max_train_samples", type=int, default=None, help="and as many test samples")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of safe; noise is of seed 0")
     parser.add_argument("--bf16", action="store_true", help="Train in bfloat16; influence is measured in float32.")
     arguments = parser.parse_args()
     Path(arguments.output_dir).mkdir(parents=True, exist_ok=True)

@@ -91,11 +91,13 @@ def test_the_influence_study_reports_what_it_ranked(influence_study, tmp_path, s
         warm_up=0.5,
         refresh_epochs=1,
         max_train_samples=80,
+        seeds=[0, 1],
         bf16=False,
     )
     getattr(influence_study, study)(arguments)
-    (path,) = tmp_path.glob("*.json")
-    report = json.loads(path.read_text())
+    report = json.loads(
+        (tmp_path / ("safe.json" if study == "safe" else "noise-0.25-resnet20_cifar10.json")).read_text()
+    )
     if study == "noise":
         assert (report["flipped"], report["samples"]) == (20, 80)
         (refresh,) = report["refreshes"]
@@ -104,6 +106,24 @@ def test_the_influence_study_reports_what_it_ranked(influence_study, tmp_path, s
         assert refresh["auroc"]["teacher loss"] > 0.9  # it saw the clean labels of these images
     else:
         assert set(report["stability"]) == {"another seed", "perturbed", "outliers"}
-        assert all(-1 <= value["spearman"] <= 1 for value in report["stability"].values())
-        assert set(report["runs"]) == {"KD", "KDAIF", "another seed", "perturbed", "outliers"}
-        assert report["runs"]["KDAIF"]["weight_by_class_gap"] > 0
+        for name, pairs in (("another seed", 1), ("perturbed", 2), ("outliers", 2)):
+            assert len(report["stability"][name]["spearman"]["values"]) == pairs
+            assert all(-1 <= value < 0.9999 for value in report["stability"][name]["spearman"]["values"])
+        assert set(report["runs"]) == {"KD", "KDAIF", "perturbed", "outliers"}
+        assert min(report["runs"]["KDAIF"]["weight_by_class_gap"]["values"]) > 0
+        seconds = report["runs"]["KD"]["seconds"]
+        assert seconds["interval"][0] < seconds["mean"] < seconds["interval"][1]
+        influence_study.safe(arguments)  # reads its runs again, and trains none
+        assert json.loads((tmp_path / "safe.json").read_text()) == report
+
+
+def test_the_influence_study_alters_a_tenth_of_the_images_as_it_says(influence_study):
+    before = np.full((50, 8, 8, 3), 128, dtype=np.uint8)
+    rows = influence_study.altered_rows(50)
+    assert len(set(rows)) == 5
+    for name, spread in (("perturbed", 25), ("outliers", 256 / 12**0.5)):
+        train = argparse.Namespace(pixels=before)
+        influence_study.ALTERATIONS[name](train)
+        assert (before == 128).all()
+        assert sorted(np.flatnonzero((train.pixels != 128).any((1, 2, 3)))) == sorted(rows)
+        assert train.pixels[rows].std() == pytest.approx(spread, rel=0.1)
