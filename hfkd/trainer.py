@@ -782,21 +782,28 @@ class DistillationTrainer(SavingTrainer):
         return self.accelerator.autocast()
 
     def create_optimizer(self, model=None):
+        teacher, is_ours = self._module.teacher, self.optimizer is None
         if model is None:
             model = self._module.student
-            if self._module.teacher is not None:
-                model = nn.ModuleDict({"student": model, "teacher": self._module.teacher})
+            if teacher is not None:
+                model = nn.ModuleDict({"student": model, "teacher": teacher})
         optimizer = super().create_optimizer(model)
         known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         groups = self._distiller_groups()
-        if self._module.teacher is not None:  # unknown only to an optimizer that the user made
-            groups.append({"params": [p for p in self._module.teacher.parameters() if p.requires_grad]})
+        if teacher is not None:  # unknown only to an optimizer that the user made
+            groups.append({"params": [p for p in teacher.parameters() if p.requires_grad]})
         for group in groups:
             group["params"] = [parameter for parameter in group["params"] if id(parameter) not in known]
             if group["params"]:
                 optimizer.add_param_group(group)
-        if self._module.teacher is not None and getattr(self.args, "teacher_learning_rate", None) is not None:
-            self._set_learning_rate(optimizer, self._module.teacher, self.args.teacher_learning_rate)
+        if teacher is not None:
+            rate = getattr(self.args, "teacher_learning_rate", None)
+            parts = [part for part in self.distiller.modules() if isinstance(part, Distiller)]
+            ratio = min(part.teacher_learning_rate_ratio for part in parts)
+            if rate is None and is_ours and ratio != 1:
+                rate = ratio * self.args.learning_rate
+            if rate is not None:
+                self._set_learning_rate(optimizer, teacher, rate)
         return optimizer
 
     @staticmethod

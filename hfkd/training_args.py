@@ -36,7 +36,7 @@ class DistillationTrainingArguments(TrainingArguments):
         },
     )
     teacher_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of a teacher that learns too; the student's by default."}
+        default=None, metadata={"help": "Learning rate of a teacher that learns too; each method states its default."}
     )
     teacher_cache: str | None = field(
         default=None,
@@ -70,11 +70,10 @@ class DistillationTrainingArguments(TrainingArguments):
         self._check_numbers()
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
         self.accelerator_config.non_blocking |= self.dataloader_pin_memory
-        defaults = {"distiller_learning_rate": "the method's default", "teacher_learning_rate": "the student's"}
-        for name, default in defaults.items():
+        for name in ("distiller_learning_rate", "teacher_learning_rate"):
             rate = getattr(self, name)
             if rate is not None and not rate > 0:
-                raise ValueError(f"{name} must be positive, got {rate}: leave it out for {default}")
+                raise ValueError(f"{name} must be positive, got {rate}: leave it out for the method's default")
         if str(self.teacher_cache).lower() in ("true", "false"):  # the word, or Python's
             self.teacher_cache = True if str(self.teacher_cache).lower() == "true" else None
         if self.teacher_cache_dtype not in (None, "float16", "float32"):

@@ -109,6 +109,8 @@ class Distiller(nn.Module):
         problem_types: What the method is defined for: ``"single_label"``, ``"regression"``.
         default_learning_rate: Learning rate of the method's own parameters where the arguments give none; None is the
             student's.
+        teacher_learning_rate_ratio: Learning rate of a teacher that learns too, as a share of the student's, where the
+            arguments give none.
         hard_label_loss: What :meth:`task_loss` computes; set by the trainer from the data and the arguments.
     """
 
@@ -122,6 +124,7 @@ class Distiller(nn.Module):
     has_task_head = False
     problem_types: tuple[str, ...] = ("single_label",)
     default_learning_rate: float | None = None
+    teacher_learning_rate_ratio = 1.0
     hard_label_loss = HardLabelLoss()
     _set_up_by: object = None  # a mark of the last trainer, which itself would be copied and pickled along
 

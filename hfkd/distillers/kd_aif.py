@@ -219,8 +219,9 @@ class KDAIF(Wrapper):
             :math:`w_i \mathrm{CE}`; ``"meta"``, also from Meta Pseudo Labels: one step late,
             :math:`(R_\text{val}^\text{old} - R_\text{val}^\text{new}) \cdot \mathrm{CE}(p^T, \hat y)` on the batch of
             the student's step and the teacher's own answers :math:`\hat y` to it. The risk is measured on one
-            held-out batch a step, with the student in evaluation mode. Trains on one process only. Give a trained
-            teacher a ``teacher_learning_rate`` a hundredth of the student's: at the same one it unlearns.
+            held-out batch a step, with the student in evaluation mode. Trains on one process only. A trained
+            teacher has a hundredth of the student's learning rate unless ``teacher_learning_rate`` is given; at the
+            same one it unlearns what it knew.
         refresh_epochs: Epochs between refreshes.
         warm_up: Share of training with weights of 1 before the first refresh; our choice.
 
@@ -287,6 +288,7 @@ class KDAIF(Wrapper):
         self.weighting, self.sharpness = weighting, sharpness
         self.teacher_update = teacher_update
         self.trains_teacher = self.trains_teacher or teacher_update != "none"
+        self.teacher_learning_rate_ratio = 1.0 if teacher_update == "none" else 0.01
         self.refresh_epochs, self.warm_up = refresh_epochs, warm_up
 
     def setup(self, context):

@@ -353,25 +353,46 @@ def test_a_weighted_teacher_learns_from_the_weighted_labels(tmp_path):
     torch.testing.assert_close(teacher.classifier.weight, expected[0] - 0.1 * gradient)
 
 
-def test_a_trained_teacher_has_its_own_learning_rate(tmp_path):
-    for rate, moved in ((None, 0.1), (0.3, 0.3)):
-        student, teacher = linear(3), linear(4)
-        start = weights(student, teacher)
-        trainer = make_trainer(
-            tmp_path,
-            student,
-            teacher,
-            KDAIF(StudentAlone() if rate == 0 else KD(alpha=0.0), teacher_update="weighted", warm_up=0.9),
-            vectors(4, seed=1),
-            trainer={"held_out_dataset": vectors(6, seed=2)},
-            per_device_train_batch_size=4,
-            max_steps=1,
-            teacher_learning_rate=rate,
-        )
-        trainer.train()
-        rates = {group["lr"] for group in trainer.optimizer.param_groups}
-        assert rates == {0.1, moved}
-        assert not torch.equal(weights(student, teacher)["1.classifier.weight"], start["1.classifier.weight"])
+@pytest.mark.parametrize(("rate", "moved"), [(None, 0.001), (0.3, 0.3)])
+def test_a_trained_teacher_has_its_own_learning_rate(tmp_path, rate, moved):
+    """By default a hundredth of the student's, also inside of another method."""
+    student, teacher = linear(3), linear(4)
+    start = weights(student, teacher)
+    weighed = KDAIF(KD(alpha=0.0), teacher_update="weighted", warm_up=0.9)
+    trainer = make_trainer(
+        tmp_path,
+        student,
+        teacher,
+        Combined({"weighed": weighed, "other": WTTM()}, task_from="weighed"),
+        vectors(4, seed=1),
+        trainer={"held_out_dataset": vectors(6, seed=2)},
+        per_device_train_batch_size=4,
+        max_steps=1,
+        teacher_learning_rate=rate,
+    )
+    trainer.train()
+    rates = {id(p): group["lr"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert {rates[id(p)] for p in student.parameters()} == {0.1}
+    assert {rates[id(p)] for p in teacher.parameters()} == {moved}
+    assert not torch.equal(weights(student, teacher)["1.classifier.weight"], start["1.classifier.weight"])
+
+
+def test_a_trained_teacher_keeps_the_rate_of_an_optimizer_that_is_given(tmp_path):
+    student, teacher = linear(3), linear(4)
+    groups = [{"params": list(student.parameters())}, {"params": list(teacher.parameters()), "lr": 0.05}]
+    optimizer = torch.optim.SGD(groups, lr=0.3)
+    trainer = make_trainer(
+        tmp_path,
+        student,
+        teacher,
+        KDAIF(KD(alpha=0.0), teacher_update="weighted", warm_up=0.9),
+        vectors(4, seed=1),
+        trainer={"held_out_dataset": vectors(6, seed=2), "optimizers": (optimizer, None)},
+        per_device_train_batch_size=4,
+        max_steps=1,
+    )
+    trainer.create_optimizer()
+    assert [group["lr"] for group in optimizer.param_groups] == [0.3, 0.05]
 
 
 def test_flipped_labels_weigh_less_than_clean_ones(tmp_path):
