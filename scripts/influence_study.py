@@ -229,9 +229,13 @@ def change(train: ImageDataset, new: Callable[[np.random.Generator, np.ndarray],
 ALTERATIONS = {"perturbed": perturb, "outliers": replace_by_noise}
 
 
-def summary(values: list[float]) -> dict:
-    """Of one number a seed: the numbers, their mean, and its 95 % interval, which one seed does not have."""
-    return {"values": values, "mean": statistics.fmean(values), "interval": interval(values)}
+def summary(values: list[float], independent: bool = True) -> dict:
+    """The numbers, their mean, and its 95 % interval where they are several and of different runs."""
+    return {
+        "values": values,
+        "mean": statistics.fmean(values),
+        "interval": interval(values) if independent else None,
+    }
 
 
 def safe(args) -> None:
@@ -264,9 +268,10 @@ def safe(args) -> None:
         if name in ALTERATIONS:
             touched[place[altered_rows(len(place))]] = True
         kept = [(reference[~touched], other[~touched]) for reference, other in pairs[name]]
+        independent = name in ALTERATIONS  # a run is in several of the pairs of seeds
         report["stability"][name] = {
-            "spearman": summary([float(spearmanr(*pair).statistic) for pair in kept]),
-            "rank_graduation": summary([rank_graduation(*pair) for pair in kept]),
+            "spearman": summary([float(spearmanr(*pair).statistic) for pair in kept], independent),
+            "rank_graduation": summary([rank_graduation(*pair) for pair in kept], independent),
         }
         if touched.any():
             report["stability"][name]["weight_of_altered"] = summary(

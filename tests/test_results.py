@@ -37,6 +37,19 @@ def answers() -> list[dict]:
     return json.loads((ROOT / "results" / "answers.json").read_text(encoding="utf-8"))
 
 
+@cache
+def steadiness() -> set[tuple[str, ...]]:
+    """What influence_study.py found of weights, as the page may round it: means with their intervals or ranges."""
+    report = json.loads((ROOT / "results" / "influence" / "safe.json").read_text(encoding="utf-8"))
+    found = set()
+    for numbers in itertools.chain(report["stability"].values(), report["runs"].values()):
+        for summary in numbers.values():
+            ends = summary["interval"] or (min(summary["values"]), max(summary["values"]))
+            for factor, digits in itertools.product((1, 100), (0, 1, 2)):
+                found.add(tuple(f"{factor * value:.{digits}f}" for value in (summary["mean"], *ends)))
+    return found
+
+
 def scores_of(study: str, method: str, metric: str) -> dict[int, float]:
     """Per seed, in percent where it is a share."""
     factor = 1 if metric.endswith(("loss", "entropy")) else 100
@@ -109,7 +122,7 @@ def test_most_studies_have_such_a_table():
 
 
 def test_the_papers_claims_are_answered_by_what_was_found():
-    found = set()
+    found = set(steadiness())
     for answer in answers():
         for factor, digits, sign in itertools.product((1, 100), (1, 2, 3), ("", "+")):
             found.add(tuple(f"{factor * answer[key]:{sign}.{digits}f}" for key in ("mean", "low", "high")))
@@ -118,3 +131,11 @@ def test_the_papers_claims_are_answered_by_what_was_found():
     claims = re.findall(rf"{number}(?: [a-z]+| %)? \({number} to {number}\)", section)
     assert len(claims) > 15
     assert [claim for claim in claims if claim not in found] == []
+
+
+def test_the_steadiness_of_weights_is_what_was_found():
+    section = PAGE.split("## Influence weights")[1].split("\n## ")[0].replace("−", "-")
+    number = r"(-?[\d.]+)"
+    told = re.findall(rf"{number} \({number} to {number}\)", section)
+    assert len(told) > 10
+    assert [numbers for numbers in told if numbers not in steadiness()] == []

@@ -109,6 +109,7 @@ def test_the_influence_study_reports_what_it_ranked(influence_study, tmp_path, s
         for name, pairs in (("another seed", 1), ("perturbed", 2), ("outliers", 2)):
             assert len(report["stability"][name]["spearman"]["values"]) == pairs
             assert all(-1 <= value < 0.9999 for value in report["stability"][name]["spearman"]["values"])
+            assert (report["stability"][name]["spearman"]["interval"] is None) == (name == "another seed")
         assert set(report["runs"]) == {"KD", "KDAIF", "perturbed", "outliers"}
         assert min(report["runs"]["KDAIF"]["weight_by_class_gap"]["values"]) > 0
         seconds = report["runs"]["KD"]["seconds"]
