@@ -343,6 +343,7 @@ def test_a_weighted_teacher_learns_from_the_weighted_labels(tmp_path):
         trainer={"held_out_dataset": vectors(6, seed=2)},
         per_device_train_batch_size=4,
         max_steps=1,
+        teacher_learning_rate=0.1,
     )
     distiller.weights.copy_(torch.tensor([0.0, 2.0, 1.0, 0.5]))
     x, y = train.columns["pixel_values"], train.columns["labels"]
