@@ -790,16 +790,17 @@ class DistillationTrainer(SavingTrainer):
         optimizer = super().create_optimizer(model)
         known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         groups = self._distiller_groups()
+        parts = [part for part in self.distiller.modules() if isinstance(part, Distiller)]
+        ratio = min(part.teacher_learning_rate_ratio for part in parts)
         if teacher is not None:  # unknown only to an optimizer that the user made
-            groups.append({"params": [p for p in teacher.parameters() if p.requires_grad]})
+            own = [p for p in teacher.parameters() if p.requires_grad]
+            groups.append({"params": own, "lr": ratio * optimizer.defaults.get("lr", self.args.learning_rate)})
         for group in groups:
             group["params"] = [parameter for parameter in group["params"] if id(parameter) not in known]
             if group["params"]:
                 optimizer.add_param_group(group)
         if teacher is not None:
             rate = getattr(self.args, "teacher_learning_rate", None)
-            parts = [part for part in self.distiller.modules() if isinstance(part, Distiller)]
-            ratio = min(part.teacher_learning_rate_ratio for part in parts)
             if rate is None and is_ours and ratio != 1:
                 rate = ratio * self.args.learning_rate
             if rate is not None:

@@ -378,10 +378,11 @@ def test_a_trained_teacher_has_its_own_learning_rate(tmp_path, rate, moved):
     assert not torch.equal(weights(student, teacher)["1.classifier.weight"], start["1.classifier.weight"])
 
 
-def test_a_trained_teacher_keeps_the_rate_of_an_optimizer_that_is_given(tmp_path):
+@pytest.mark.parametrize(("is_known", "rate"), [(True, 0.05), (False, 0.003)])
+def test_a_trained_teacher_keeps_the_rate_that_an_optimizer_of_the_users_has_for_it(tmp_path, is_known, rate):
     student, teacher = linear(3), linear(4)
     groups = [{"params": list(student.parameters())}, {"params": list(teacher.parameters()), "lr": 0.05}]
-    optimizer = torch.optim.SGD(groups, lr=0.3)
+    optimizer = torch.optim.SGD(groups if is_known else groups[:1], lr=0.3)
     trainer = make_trainer(
         tmp_path,
         student,
@@ -393,7 +394,7 @@ def test_a_trained_teacher_keeps_the_rate_of_an_optimizer_that_is_given(tmp_path
         max_steps=1,
     )
     trainer.create_optimizer()
-    assert [group["lr"] for group in optimizer.param_groups] == [0.3, 0.05]
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.3, rate])
 
 
 def test_flipped_labels_weigh_less_than_clean_ones(tmp_path):
