@@ -7,7 +7,7 @@ and have the 95 % interval of Student's t, as on its leaderboards; they need res
 --only differences can be repeated from results/. The rest looks at each run's student and tables again: how well a
 ranking tells wrong labels from right ones (noise-…), how compact and how separate the classes of the test images are
 (unit vectors before the classifier), and how often the teacher is right behind CAM's weights. What has not been run is
-named as open.
+named as open; what FILE says of studies that are not in OUTPUTS stays in it.
 """
 
 import argparse
@@ -164,6 +164,18 @@ MEASURES = {
 }
 
 
+def with_earlier(answers: list[dict], path: Path) -> list[dict]:
+    """The answers, and those in the file to what is not answered now, in the order of the questions."""
+    earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    answered = {(answer["question"], answer["study"]) for answer in answers}
+    kept = [answer for answer in earlier if (answer["question"], answer["study"]) not in answered]
+    asked = [(question, study) for question, studies, *_ in DIFFERENCES for study in studies]
+    asked += [(question, study) for question, (studies, *_) in MEASURES.items() for study in studies]
+    rank = {pair: place for place, pair in enumerate(asked)}
+    both = [answer for answer in kept + answers if (answer["question"], answer["study"]) in rank]
+    return sorted(both, key=lambda answer: rank[answer["question"], answer["study"]])
+
+
 def shown(found: dict, form: str) -> str:
     """Mean and interval as text."""
     if found["low"] is None:
@@ -204,7 +216,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"open: {line}")
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        write_json(args.output, answers)
+        write_json(args.output, with_earlier(answers, args.output))
 
 
 if __name__ == "__main__":

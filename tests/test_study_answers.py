@@ -77,6 +77,32 @@ def test_differences_are_paired_and_have_the_t_tests_interval(answers, tmp_path,
     assert "open: Does AEKT's student agree more with the teacher than DKD's? cifar10-jpeg" in printed
 
 
+def test_what_the_file_says_of_studies_that_are_not_there_stays(answers, tmp_path, capsys):
+    """In the order of the questions; a question that is asked no more goes."""
+
+    def runs(of_aekt):
+        scores = {"DKD": 0.5, "AEKT": of_aekt}
+        return [
+            {
+                "method": method,
+                "seed": seed,
+                "name": f"{method}-{seed}",
+                "results": {"test_agreement": score + seed / 9},
+            }
+            for method, score in scores.items()
+            for seed in range(2)
+        ]
+
+    output = tmp_path / "answers.json"
+    output.write_text(json.dumps([{"question": "Is it green?", "study": "cifar10", "what": "AEKT", "mean": 1.0}]))
+    for folder, study, score in (("a", "cifar10-jpeg", 0.6), ("b", "cifar10", 0.7), ("c", "cifar10-jpeg", 0.8)):
+        finish(tmp_path / folder / study, runs(score))
+        answers.main([str(tmp_path / folder), "--only", "differences", "--output", str(output)])
+    found = {answer["study"]: answer["mean"] for answer in json.loads(output.read_text())}
+    assert list(found) == ["cifar10", "cifar10-jpeg"]
+    assert found == pytest.approx({"cifar10": 0.2, "cifar10-jpeg": 0.3})
+
+
 def test_wrong_labels_are_found_by_what_ranks_them_highest(answers, images, tmp_path):
     """The student's own losses are read from its logits; the influence from the last of the tables."""
     import pyarrow as pa
