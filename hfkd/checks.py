@@ -196,6 +196,26 @@ def dataset_labels(dataset: Dataset | None, label_names: Sequence[str] = ()) -> 
     return None if labels is None else np.asarray(labels)
 
 
+def longest_first(dataset: Dataset) -> np.ndarray | None:
+    """The rows of a set of texts, those of most tokens first, so that batches hold little padding.
+
+    None where that cannot be had without running transforms, or the rows are no lists of tokens.
+    """
+    if isinstance(dataset, Subset):
+        if (order := longest_first(dataset.dataset)) is None:
+            return None
+        place = np.empty_like(order)
+        place[order] = np.arange(len(order))
+        return np.argsort(place[list(dataset.indices)])
+    if not isinstance(dataset, datasets.Dataset) or dataset.format["type"] == "custom":
+        return None
+    if not isinstance(dataset.features.get("input_ids"), (datasets.List, datasets.LargeList)):
+        return None
+    tables = dataset.select_columns("input_ids").with_format("arrow").iter(batch_size=10_000)
+    counts = [table["input_ids"].combine_chunks().value_lengths().to_numpy(zero_copy_only=False) for table in tables]
+    return np.argsort(-np.concatenate(counts), kind="stable") if counts else None
+
+
 def innermost(dataset: Dataset | None) -> Dataset | None:
     """The data set that subsets are of."""
     while isinstance(dataset, Subset):

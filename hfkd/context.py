@@ -13,7 +13,7 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset
 
-from hfkd.checks import dataset_index
+from hfkd.checks import dataset_index, longest_first
 from hfkd.teacher import ColumnTeacher, DeferredTeacher, TeacherEnsemble
 
 
@@ -138,10 +138,13 @@ class DistillationContext:
         parts = accelerator.gather(torch.cat([tensor, padding])).chunk(len(sizes))
         return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
-    def batches(self, dataset: Dataset, batch_size: int | None = None) -> Iterator[dict[str, Tensor]]:
+    def batches(
+        self, dataset: Dataset, batch_size: int | None = None, *, by_length: bool = False
+    ) -> Iterator[dict[str, Tensor]]:
         """This process's share of a dataset, un-augmented, collated as in training and on the device.
 
-        A batch has as many samples as one of evaluation, or ``batch_size``.
+        A batch has as many samples as one of evaluation, or ``batch_size``. They come in the order of the rows, or
+        ``by_length``, where it is a set of texts: those of most tokens first, which takes less padding and time.
 
         Un-augmented is what a dataset's ``without_augmentation()`` returns; of one without it, such as a
         ``datasets.Dataset`` with a random transform, the rows come as in training.
@@ -151,8 +154,10 @@ class DistillationContext:
         """
         plain = self._plain(dataset)
         accelerator = self._trainer.accelerator
-        share = range(accelerator.process_index, len(plain), self.processes)
-        for batch in self.loader(Subset(plain, share), batch_size or self.eval_batch_size):
+        share = Subset(plain, range(accelerator.process_index, len(plain), self.processes))
+        if by_length and (order := longest_first(share)) is not None:
+            share = Subset(share, order.tolist())
+        for batch in self.loader(share, batch_size or self.eval_batch_size):
             yield self._prepared(batch, dataset)
 
     def take(self, dataset: Dataset, rows: Sequence[int]) -> dict[str, Tensor]:

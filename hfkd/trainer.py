@@ -18,7 +18,7 @@ from accelerate.utils import DynamoBackend, broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
-from torch.utils.data import Dataset, IterableDataset, Sampler, SequentialSampler, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, SequentialSampler, Subset
 from tqdm.auto import tqdm
 from transformers import EvalPrediction, PreTrainedModel, TrainerCallback, set_seed
 from transformers.trainer_callback import CallbackHandler, TrainerControl
@@ -54,6 +54,7 @@ from hfkd.checks import (
     dataset_index,
     dataset_labels,
     innermost,
+    longest_first,
     problem_type_of,
     set_epoch,
     teacher_column,
@@ -226,6 +227,34 @@ class _OrderOfEpoch(Sampler):
         (mixed,) = np.random.SeedSequence((seed, epoch)).generate_state(1)  # seed + epoch is another seed's, too
         self.sampler.generator = torch.Generator().manual_seed(int(mixed))
         return iter(self.sampler)
+
+
+class _InOrder(Sampler):
+    """Rows in a given order, each once."""
+
+    def __init__(self, rows: np.ndarray):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __iter__(self):
+        return iter(self.rows.tolist())
+
+    @classmethod
+    def of(cls, loader: DataLoader) -> _InOrder | None:
+        """That of a loader, where it has one; Accelerate's own loader has it in its batches' sampler alone."""
+        inner = getattr(loader, "base_dataloader", loader)
+        sampler = getattr(getattr(inner, "batch_sampler", None), "sampler", None)
+        return sampler if isinstance(sampler, cls) else None
+
+    def restored(self, found: np.ndarray | None) -> np.ndarray | None:
+        """What was found of the samples, in the order of the rows."""
+        if found is None:
+            return None
+        ordered = np.empty_like(found)
+        ordered[self.rows] = found
+        return ordered
 
 
 class _Hooks(TrainerCallback):
@@ -868,10 +897,13 @@ class DistillationTrainer(SavingTrainer):
         return _OrderOfEpoch(sampler, self) if isinstance(sampler, LengthGroupedSampler) else sampler
 
     def _get_eval_sampler(self, eval_dataset):
-        # Never by length, as transformers does where training is: predictions are in the order of the rows.
+        # Not transformers', which under group_by_length returns predictions in another order than the rows'.
         if eval_dataset is None or not has_length(eval_dataset) or self.args.world_size > 1:
             return None
-        return SequentialSampler(eval_dataset)
+        by_batch = self.args.batch_eval_metrics or not self.args.eval_do_concat_batches
+        as_they_come = by_batch or self.args.include_for_metrics or self.preprocess_logits_for_metrics is not None
+        rows = None if as_they_come else longest_first(eval_dataset)
+        return SequentialSampler(eval_dataset) if rows is None else _InOrder(rows)
 
     def get_eval_dataloader(self, eval_dataset=None):
         # With persistent workers transformers keeps one loader for all sets that have no name.
@@ -944,7 +976,22 @@ class DistillationTrainer(SavingTrainer):
     ):
         self._evaluated.zero_()
         self.context.align_buffers(self.model)  # what is scored is what will be saved
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        compute_metrics, order = self.compute_metrics, _InOrder.of(dataloader)
+
+        def by_row(found: EvalPrediction):
+            return compute_metrics(EvalPrediction(order.restored(found.predictions), order.restored(found.label_ids)))
+
+        if order is not None and compute_metrics is not None:
+            self.compute_metrics = by_row
+        try:
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+        finally:
+            self.compute_metrics = compute_metrics
+        if order is not None:
+            restored = {name: order.restored(getattr(output, name)) for name in ("predictions", "label_ids")}
+            output = output._replace(**restored)
         # transformers averages batches, whatever number of labelled samples they hold: none at all gives NaN.
         loss, labelled = self._evaluated.tolist()
         output.metrics.pop(f"{metric_key_prefix}_loss", None)
@@ -1146,8 +1193,10 @@ class DistillationTrainer(SavingTrainer):
                     logits = self.preprocess_logits_for_metrics(logits, batch["labels"])
                 found = self.accelerator.gather_for_metrics((logits, batch["labels"], merit))
                 parts.append([tensor.cpu() for tensor in found])
-        predictions, labels, merits = (torch.cat(columns).numpy() for columns in zip(*parts, strict=True))
-        # Unlike, they were sorted by length, or are another column's.
+        columns = [torch.cat(column).numpy() for column in zip(*parts, strict=True)]
+        order = _InOrder.of(loader)
+        predictions, labels, merits = columns if order is None else map(order.restored, columns)
+        # Unlike, they are another column's.
         if kept is not None and np.array_equal(labels, self._labels_as_batched(dataset)):
             kept.write(np.arange(len(predictions)), predictions)
         return predictions, labels, merits
@@ -1211,6 +1260,8 @@ class DistillationTrainer(SavingTrainer):
                 rows = own[np.isin(self._train_index[own], self.cache.missing(view))]
                 bar.update(len(own) - len(rows))
                 dataset = Subset(at_view(self.train_dataset, view), rows.tolist())
+                if (order := longest_first(dataset)) is not None:
+                    dataset = Subset(dataset, order.tolist())
                 for batch in self.context.loader(dataset, self.args.eval_batch_size):
                     self.cache(self._with_view(self._prepare_inputs(batch)))
                     bar.update(len(batch["index"]))

@@ -178,6 +178,26 @@ def as_datasets(dataset, **columns):
     return datasets.Dataset.from_dict({**features, **columns})
 
 
+def hub_rows(n: int = 16, *, seed: int = 0, length: int = 7, **columns):
+    """The texts of :func:`rows` as a tokenizer leaves them, without padding, in a ``datasets.Dataset``."""
+    texts = rows("bert", n, seed=seed, length=length).columns
+    lengths = texts["attention_mask"].sum(1).tolist()
+    names = ("input_ids", "attention_mask", "token_type_ids")
+    lists = {name: [row[:k] for row, k in zip(texts[name].tolist(), lengths, strict=True)] for name in names}
+    return datasets.Dataset.from_dict(
+        {**lists, "labels": texts["labels"].tolist(), "index": list(range(100, 100 + n)), **columns}
+    )
+
+
+def widths(model: nn.Module) -> list[int]:
+    """How many tokens wide the batches are that a model of texts gets from now on."""
+    seen: list[int] = []
+    model.register_forward_hook(
+        lambda _, given, named, out: seen.append(named["input_ids"].shape[1]), with_kwargs=True
+    )
+    return seen
+
+
 def make_trainer(folder, student, teacher=None, distiller=None, dataset=None, *, trainer=None, **arguments):
     """A trainer on the CPU with plain SGD, no clipping and a log a step; ``trainer=`` holds its other arguments."""
     defaults = {

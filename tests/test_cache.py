@@ -20,6 +20,7 @@ from helpers import (
     Rows,
     as_datasets,
     assert_identical,
+    hub_rows,
     largest_difference,
     logged,
     make_trainer,
@@ -28,6 +29,7 @@ from helpers import (
     tiny_teacher,
     tokenizer,
     weights,
+    widths,
 )
 from PIL import Image
 from torch.utils.data import ConcatDataset, IterableDataset, Subset
@@ -114,16 +116,6 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path):
     assert trainer.cache.filled == 8
     trainer.train()
     assert counts(trainer) == (24, 8)
-
-
-def hub_rows(n=16, **columns):
-    texts = rows("bert", n).columns
-    lengths = texts["attention_mask"].sum(1).tolist()
-    names = ("input_ids", "attention_mask", "token_type_ids")
-    lists = {name: [row[:k] for row, k in zip(texts[name].tolist(), lengths, strict=True)] for name in names}
-    return datasets.Dataset.from_dict(
-        {**lists, "labels": texts["labels"].tolist(), "index": list(range(100, 100 + n)), **columns}
-    )
 
 
 def test_a_hub_data_set_is_kept_by_its_numbers(tmp_path):
@@ -471,6 +463,29 @@ def test_answers_to_an_evaluation_set_are_kept_however_training_samples(tmp_path
     dataset = rows("bert", 16, seed=4)
     scores = [evaluated(tmp_path, dataset, train_sampling_strategy=by) for by in ("group_by_length", "random")]
     assert scores == [(scores[0][0], 2), (scores[0][0], 0)]
+
+
+def test_answers_to_texts_of_any_length_are_kept_by_row(tmp_path):
+    dataset = hub_rows(16, seed=4)
+    answers = tiny_teacher("bert").eval()(**DistillationCollator(tokenizer())([*dataset.remove_columns("labels")]))
+    right = dataset.map(lambda row, i: {"labels": answers.logits[i].argmax().item()}, with_indices=True)
+    assert [evaluated(tmp_path, right) for _ in range(2)] == [({"accuracy": 1.0}, 2), ({"accuracy": 1.0}, 0)]
+
+
+def test_texts_are_asked_about_longest_first(tmp_path):
+    trainer = make_trainer(
+        tmp_path / "run",
+        tiny("bert"),
+        tiny_teacher("bert"),
+        KD(),
+        hub_rows(16),
+        teacher_cache=str(tmp_path / "caches"),
+    )
+    seen = widths(trainer.teacher_model)
+    trainer.warm_teacher_cache()
+    assert seen == sorted((len(row["input_ids"]) for row in hub_rows(16)), reverse=True)[::8]
+    trainer.train()
+    assert trainer.cache.misses == 16
 
 
 def test_a_damaged_evaluation_is_asked_again(tmp_path):

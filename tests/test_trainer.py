@@ -23,6 +23,7 @@ from helpers import (
     Weighted,
     assert_identical,
     freeze_batch_norm,
+    hub_rows,
     largest_difference,
     logged,
     make_trainer,
@@ -31,6 +32,7 @@ from helpers import (
     tiny_teacher,
     tokenizer,
     weights,
+    widths,
 )
 from torch import nn
 from torch.utils.data import ConcatDataset, Subset
@@ -615,6 +617,71 @@ def test_predictions_are_those_of_the_rows(tmp_path, arguments):
     assert len(trainer.get_train_dataloader()) == (1 if "dataloader_drop_last" in arguments else 2)
 
 
+def test_texts_are_scored_longest_first_and_told_in_the_order_of_the_rows(tmp_path):
+    dataset, told = hub_rows(14, length=12), []
+
+    def compute_metrics(found):
+        told.append((found.predictions, found.label_ids))
+        return {"first": float(found.predictions[0, 0])}
+
+    def apart(model):
+        batches = [DistillationCollator(tokenizer())([row]) for row in dataset]
+        with torch.no_grad():
+            return torch.cat([logits_of(model.eval(), batch) for batch in batches]).numpy()
+
+    student, teacher = tiny("bert"), tiny_teacher("bert")
+    settings = {"eval_dataset": dataset, "compute_metrics": compute_metrics}
+    trainer = make_trainer(
+        tmp_path, student, teacher, None, hub_rows(), trainer=settings, per_device_eval_batch_size=3
+    )
+    own, the_teachers = apart(student), apart(teacher)
+    seen, asked = widths(student), widths(trainer.teacher_model)
+    metrics, output = trainer.evaluate(), trainer.predict(dataset)
+    score = trainer.evaluate_teacher()
+    assert trainer.evaluate_teacher(max_samples=5)["first"] == pytest.approx(the_teachers[0, 0], rel=1e-4)
+    counts = sorted((len(row["input_ids"]) for row in dataset), reverse=True)
+    assert len({*counts}) > 5
+    assert seen == [*counts[::3], *counts[::3]]
+    assert asked[: len(counts[::3])] == counts[::3]
+    assert metrics["eval_first"] == output.metrics["test_first"] == pytest.approx(own[0, 0], rel=1e-4)
+    assert score["first"] == pytest.approx(the_teachers[0, 0], rel=1e-4)
+    for (predictions, labels), expected in zip(told, (own, own, the_teachers), strict=False):
+        np.testing.assert_allclose(predictions, expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_array_equal(labels, dataset["labels"][:])
+    np.testing.assert_allclose(output.predictions, own, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(output.label_ids, dataset["labels"][:])
+    assert trainer.compute_metrics is compute_metrics
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings"),
+    [
+        ({"batch_eval_metrics": True}, {"compute_metrics": lambda found, compute_result: {}}),
+        ({"include_for_metrics": ["inputs"]}, {"compute_metrics": lambda found: {}}),
+        ({"eval_do_concat_batches": False}, {"compute_metrics": lambda found: {}}),
+        ({}, {"preprocess_logits_for_metrics": lambda logits, labels: logits.argmax(-1)}),
+    ],
+    ids=["by batch", "inputs", "apart", "preprocessed"],
+)
+def test_who_looks_at_batches_has_them_in_the_order_of_the_rows(tmp_path, arguments, settings):
+    dataset, student = hub_rows(6), tiny("bert")
+    trainer = make_trainer(
+        tmp_path, student, None, None, dataset, trainer=settings, per_device_eval_batch_size=1, **arguments
+    )
+    seen = widths(student)
+    trainer.evaluate(dataset)
+    assert seen == [len(row["input_ids"]) for row in dataset]
+
+
+def test_texts_behind_a_transform_come_in_the_order_of_the_rows(tmp_path):
+    """Their tokens would have to be made to be counted."""
+    student = tiny("bert")
+    dataset = hub_rows(6).with_transform(lambda rows: {**rows, "input_ids": [[1] * 4 for _ in rows["index"]]})
+    trainer = make_trainer(tmp_path, student, None, None, hub_rows(), per_device_eval_batch_size=6)
+    batch = next(iter(trainer.get_eval_dataloader(dataset.remove_columns(["attention_mask", "token_type_ids"]))))
+    assert batch["index"].tolist() == list(range(100, 106))
+
+
 def test_batches_by_length_are_others_in_every_epoch_and_seed(tmp_path):
     def order(seed, epoch):
         strategy = {"train_sampling_strategy": "group_by_length", "seed": seed}
@@ -747,6 +814,12 @@ def test_the_context_gives_models_data_and_batches(tmp_path):
     assert torch.equal(batches[0]["index"], torch.arange(5))
     seen = context.gather(torch.cat([batch["index"] for batch in context.batches(dataset)]))
     assert seen.tolist() == list(range(11))  # in order, of the un-augmented view
+    texts = hub_rows(11)
+    counts = [len(row["input_ids"]) for row in texts]
+    by_length = [batch["index"] for batch in context.batches(texts, 3, by_length=True)]
+    assert [len(index) for index in by_length] == [3, 3, 3, 2]
+    assert torch.cat(by_length).tolist() == sorted(range(100, 111), key=lambda index: -counts[index - 100])
+    assert torch.cat([batch["index"] for batch in context.batches(texts, 3)]).tolist() == list(range(100, 111))
     part = Subset(Subset(Plain(rows("bert", 16, seed=4).columns), range(1, 10)), [4, 2])
     (batch,) = context.batches(part)
     plain = rows("bert", 11)

@@ -345,5 +345,5 @@ class InContextKD(Distiller):
         bank = self.student_bank if whose == "student" else self.teacher_bank
         context.align_buffers(self._model(context, whose))
         with evaluating(self._model(context, whose)), context.autocast():
-            samples = collect(run, context.batches(context.train_dataset), self._layer(context, whose))
+            samples = collect(run, context.batches(context.train_dataset, by_length=True), self._layer(context, whose))
         bank.fill(samples, index=self.index, gather=context.gather)

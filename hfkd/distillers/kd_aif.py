@@ -444,18 +444,19 @@ class KDAIF(Wrapper):
             index, labels = [], []
             # What a training step has memory for, whatever the batch of evaluation.
             size = math.ceil(context.train_batch_size / (_LISSA_SHARE if self.hessian == "lissa" else 1))
+            by_length = self.hessian != "lissa"  # whose last steps, and so its answer, would be of the shortest texts
 
             def train() -> Iterator[dict[str, Tensor]]:
                 index.clear()
                 labels.clear()
-                for batch in context.batches(context.train_dataset, size):
+                for batch in context.batches(context.train_dataset, size, by_length=by_length):
                     index.append(batch["index"])
                     labels.append(batch["labels"])
                     # Here, since what is not PyTorch's, a teacher's cache, cannot be differentiated through.
                     yield {**batch, _TEACHER: teacher(batch)}
 
             def held_out() -> Iterator[dict[str, Tensor]]:
-                return context.batches(context.held_out_dataset, size)
+                return context.batches(context.held_out_dataset, size, by_length=by_length)
 
             if self.layers == "last":
                 influence = self._of_last_layer(context, train_losses, held_out_losses, train, held_out)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_identical, logged, make_trainer, rows, tiny, tiny_teacher, weights
+from helpers import assert_identical, hub_rows, logged, make_trainer, rows, tiny, tiny_teacher, weights
 from sklearn.metrics import roc_auc_score
 from torch import nn
 from torch.utils.data import IterableDataset, Subset
@@ -130,6 +130,33 @@ def test_a_refresh_needs_no_more_memory_for_larger_batches_of_evaluation(tmp_pat
     distiller.refresh(trainer.context)
     assert max(sizes) == largest
     assert distiller.influence.abs().min() > 0
+
+
+@pytest.mark.parametrize(("layers", "hessian"), [("last", "exact"), ("all", "identity"), ("all", "lissa")])
+@pytest.mark.filterwarnings("ignore:LiSSA has not converged")
+def test_texts_are_measured_longest_first_and_weigh_what_they_did(tmp_path, monkeypatch, layers, hessian):
+    """But by LiSSA, which would end on the shortest ones."""
+    passes, whole, data = [], DistillationContext.batches, hub_rows(12)
+
+    def batches(context, dataset, *arguments, **options):
+        passes.append([])
+        for batch in whole(context, dataset, *arguments, **options):
+            passes[-1] += batch["index"].tolist()
+            yield batch
+
+    def influence():
+        distiller = KDAIF(layers=layers, hessian=hessian, iterations=2, damping=100.0)
+        distiller.refresh(aif_trainer(tmp_path, distiller, "bert", dataset=data).context)
+        return distiller.influence
+
+    monkeypatch.setattr(DistillationContext, "batches", batches)
+    found, of_rows = influence(), list(range(100, 112))
+    longest_first = sorted(of_rows, key=lambda index: -len(data[index - 100]["input_ids"]))
+    told = [order for order in passes if order[0] >= 100]
+    assert told
+    assert all(order == (of_rows if hessian == "lissa" else longest_first)[: len(order)] for order in told)
+    monkeypatch.setattr("hfkd.context.longest_first", lambda dataset: None)
+    torch.testing.assert_close(found, influence(), rtol=1e-4, atol=1e-4 * found.abs().max().item())
 
 
 def _of_student_alone(trainer, parameters):
