@@ -26,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import cases
@@ -36,8 +37,10 @@ from cases import DATA, TEXT, Epochs, FixedBatches, image_models, image_set, ima
 from measure import interleave, machine, ratio, run_script, seconds_of, summary, table, verdict, write
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
+from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.utils import logging
 
+from hfkd import DistillationTrainer, DistillationTrainingArguments
 from hfkd.data import DistillationCollator
 from hfkd.distillers import KD
 
@@ -149,6 +152,28 @@ class Benchmark:
         for side in sides:
             for ours, factor in {"online": 1.3, "cached": 2}.items():
                 self._against(f"epoch against {side}, {TEXT} on MRPC, {ours}", side, ours, f">= {factor}")
+
+    def measure_evaluation(self) -> None:
+        """A pass over texts of different lengths, by transformers' Trainer and by ours."""
+        found = None
+        with self._unless_missing(f"evaluation, {TEXT}"):
+            found = text_models_and_data(self.size.sentences)
+        if found is None:
+            return
+        _, student, texts, tokenizer = found
+        options = {"bf16": self.options.get("bf16", False), "use_cpu": cases.device().type == "cpu"}
+        given = {"model": student, "eval_dataset": texts, "processing_class": tokenizer}
+        sides = {}
+        for side, trainer, arguments in (
+            ("transformers", Trainer, TrainingArguments),
+            ("hfkd", DistillationTrainer, DistillationTrainingArguments),
+        ):
+            args = arguments(str(self.folder / side), disable_tqdm=True, per_device_eval_batch_size=64, **options)
+            sides[side] = trainer(args=args, **given)
+            sides[side].remove_callback(PrinterCallback)
+        seconds = interleave({side: partial(seconds_of, it.evaluate) for side, it in sides.items()}, self.size.rounds)
+        name = f"evaluation by transformers' Trainer / ours, 2 layers of MiniLM on {len(texts):,} pairs of MRPC"
+        self.ratios[name] = ratio(seconds["transformers"], seconds["hfkd"], ">= 1.3")
 
     def _epochs(self, pair, sides, teacher, student, data, rounds, **options) -> None:
         """Time an epoch of every side, of the student alone, and of ours online and from a full cache."""

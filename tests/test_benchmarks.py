@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import largest_difference
+from helpers import hub_rows, largest_difference, tiny, tokenizer
 from transformers.utils import logging
 
 from hfkd.distillers import KD
@@ -150,7 +150,7 @@ def test_the_benchmark_has_its_format_and_leaves_out_what_is_missing(benchmark, 
     monkeypatch.setattr(run, "text_models_and_data", missing)
     monkeypatch.setattr(run, "WRN", "tiny")
     output = tmp_path / "bench.json"
-    parts = ["steps", "images", "text", "input", "logging"]
+    parts = ["steps", "images", "text", "evaluation", "input", "logging"]
     run.main(["--quick", "--threads", "1", "--output", str(output), "--only", *parts])
     record = json.loads(output.read_text())
     assert record["machine"]
@@ -168,7 +168,7 @@ def test_the_benchmark_has_its_format_and_leaves_out_what_is_missing(benchmark, 
     cached = record["ratios"]["epoch against the reference loop, tiny, cached"]
     assert cached["bytes"] > 0
     assert cached["fill_seconds"] > 0
-    assert set(record["skipped"]) == {"torchdistill", run.TEXT, f"steps, {run.TEXT}"}
+    assert set(record["skipped"]) == {"torchdistill", run.TEXT, f"steps, {run.TEXT}", f"evaluation, {run.TEXT}"}
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert "left out: torchdistill" in capsys.readouterr().out
 
@@ -210,6 +210,21 @@ def test_sides_are_divided_as_they_are_named(benchmark, tmp_path, monkeypatch):
         assert len(asked) == (1 if side == "online" else 0)
         if counted is not None:
             counted.remove()
+
+
+def test_evaluation_is_of_the_same_texts_on_both_sides(benchmark, tmp_path, monkeypatch):
+    run, losses = benchmark("run"), []
+    monkeypatch.setattr(run, "seconds_of", lambda evaluate: losses.append(evaluate()["eval_loss"]) or len(losses))
+    monkeypatch.setattr(
+        run, "text_models_and_data", lambda number: (None, tiny("bert"), hub_rows(number), tokenizer())
+    )
+    monkeypatch.setattr(run, "interleave", lambda sides, rounds: {name: [sides[name]()] for name in sides})
+    found = run.Benchmark(run.Size(), tmp_path, {})
+    found.measure_evaluation()
+    ((name, record),) = found.ratios.items()
+    assert losses == pytest.approx([losses[0]] * 2, rel=1e-4)
+    assert "transformers' Trainer / ours" in name
+    assert record["value"] == 1 / 2
 
 
 def missing(*_):
