@@ -454,6 +454,7 @@ class DistillationTrainer(SavingTrainer):
         self._cache_counts_before = self._cache_counts()
         self._finite_losses = FiniteLosses(self.args.device)
         self._resumed_from = None
+        self._scoring = False
         self.evaluations, self._outputs, self._card = Evaluations(), [], {}  # what the model card is made of
 
     def _move_images(self, device: torch.device) -> None:
@@ -900,10 +901,26 @@ class DistillationTrainer(SavingTrainer):
         # Not transformers', which under group_by_length returns predictions in another order than the rows'.
         if eval_dataset is None or not has_length(eval_dataset) or self.args.world_size > 1:
             return None
-        by_batch = self.args.batch_eval_metrics or not self.args.eval_do_concat_batches
-        as_they_come = by_batch or self.args.include_for_metrics or self.preprocess_logits_for_metrics is not None
-        rows = None if as_they_come else longest_first(eval_dataset)
+        rows = longest_first(eval_dataset) if self._may_reorder() else None
         return SequentialSampler(eval_dataset) if rows is None else _InOrder(rows)
+
+    def _may_reorder(self) -> bool:
+        """Whether rows that are scored may come in any order: nobody but this class sees their batches."""
+        args, names = self.args, ("get_eval_dataloader", "get_test_dataloader", "evaluation_loop", "prediction_step")
+        if not self._scoring or any(getattr(type(self), name) != getattr(DistillationTrainer, name) for name in names):
+            return False
+        by_batch = args.batch_eval_metrics or args.include_for_metrics or not args.eval_do_concat_batches
+        is_kept = args.dataloader_persistent_workers  # a loader that others may ask for later
+        return not (by_batch or is_kept or self.preprocess_logits_for_metrics is not None)
+
+    @contextmanager
+    def _own_loop(self) -> Iterator[None]:
+        """The loader that is made next is read by :meth:`evaluation_loop` or by this class alone."""
+        before, self._scoring = self._scoring, True
+        try:
+            yield
+        finally:
+            self._scoring = before
 
     def get_eval_dataloader(self, eval_dataset=None):
         # With persistent workers transformers keeps one loader for all sets that have no name.
@@ -974,21 +991,24 @@ class DistillationTrainer(SavingTrainer):
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
+        self._scoring = False  # the loader is made; callbacks and metrics may ask for their own
         self._evaluated.zero_()
         self.context.align_buffers(self.model)  # what is scored is what will be saved
-        compute_metrics, order = self.compute_metrics, _InOrder.of(dataloader)
+        before, order = self.compute_metrics, _InOrder.of(dataloader)
+        compute_metrics = getattr(before, "of_rows", before)  # not that of a loop around this one
 
         def by_row(found: EvalPrediction):
             return compute_metrics(EvalPrediction(order.restored(found.predictions), order.restored(found.label_ids)))
 
-        if order is not None and compute_metrics is not None:
-            self.compute_metrics = by_row
+        by_row.of_rows = compute_metrics
+        if compute_metrics is not None:
+            self.compute_metrics = compute_metrics if order is None else by_row
         try:
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
         finally:
-            self.compute_metrics = compute_metrics
+            self.compute_metrics = before
         if order is not None:
             restored = {name: order.restored(getattr(output, name)) for name in ("predictions", "label_ids")}
             output = output._replace(**restored)
@@ -1004,7 +1024,8 @@ class DistillationTrainer(SavingTrainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         self._outputs.append(None)  # for its own loop: a callback may evaluate meanwhile
         try:
-            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            with self._own_loop():
+                metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         finally:
             output = self._outputs.pop()
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
@@ -1014,6 +1035,10 @@ class DistillationTrainer(SavingTrainer):
                 answers = Answers(dataset, None, output.predictions, output.label_ids)
                 self.evaluations.student[metric_key_prefix] = answers
         return metrics
+
+    def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
+        with self._own_loop():
+            return super().predict(test_dataset, ignore_keys, metric_key_prefix)
 
     def _are_logits(self, predictions: Any) -> bool:
         is_one = isinstance(predictions, np.ndarray) and self.preprocess_logits_for_metrics is None
@@ -1179,7 +1204,8 @@ class DistillationTrainer(SavingTrainer):
             return predictions, labels, self._merit(torch.from_numpy(predictions), torch.from_numpy(labels)).numpy()
         parts = []
         with torch.random.fork_rng(), self.compute_loss_context_manager():
-            loader = self.get_test_dataloader(dataset)
+            with self._own_loop():
+                loader = self.get_test_dataloader(dataset)
             hidden = self.args.disable_tqdm or not self.is_world_process_zero()
             for batch in tqdm(loader, desc="Teacher", disable=hidden, leave=False):
                 batch = self._with_labels(self._prepare_inputs(batch), fill=False)
@@ -1212,7 +1238,8 @@ class DistillationTrainer(SavingTrainer):
         if not known.any():
             return {}
         if self._has_metrics:
-            return denumpify_detensorize(self.compute_metrics(EvalPrediction(predictions, labels)))
+            compute_metrics = getattr(self.compute_metrics, "of_rows", self.compute_metrics)
+            return denumpify_detensorize(compute_metrics(EvalPrediction(predictions, labels)))
         if self.problem_type == "regression":
             return {"mse": float(((predictions.squeeze(-1) - labels)[known] ** 2).mean())}
         return {"accuracy": float((predictions.argmax(-1) == labels)[known].mean())}

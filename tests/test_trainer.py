@@ -38,7 +38,7 @@ from torch import nn
 from torch.utils.data import ConcatDataset, Subset
 from transformers import AutoModelForSequenceClassification, HfArgumentParser, TrainerCallback
 
-from hfkd import DistillationTrainingArguments
+from hfkd import DistillationTrainer, DistillationTrainingArguments
 from hfkd.data import DistillationCollator
 from hfkd.distillers import CRD, KD, Combined, Distiller, StandardizedLogits, StudentAlone, Wrapper
 
@@ -659,9 +659,10 @@ def test_texts_are_scored_longest_first_and_told_in_the_order_of_the_rows(tmp_pa
         ({"batch_eval_metrics": True}, {"compute_metrics": lambda found, compute_result: {}}),
         ({"include_for_metrics": ["inputs"]}, {"compute_metrics": lambda found: {}}),
         ({"eval_do_concat_batches": False}, {"compute_metrics": lambda found: {}}),
+        ({"dataloader_persistent_workers": True, "dataloader_num_workers": 1}, {}),
         ({}, {"preprocess_logits_for_metrics": lambda logits, labels: logits.argmax(-1)}),
     ],
-    ids=["by batch", "inputs", "apart", "preprocessed"],
+    ids=["by batch", "inputs", "apart", "kept loaders", "preprocessed"],
 )
 def test_who_looks_at_batches_has_them_in_the_order_of_the_rows(tmp_path, arguments, settings):
     dataset, student = hub_rows(6), tiny("bert")
@@ -671,6 +672,58 @@ def test_who_looks_at_batches_has_them_in_the_order_of_the_rows(tmp_path, argume
     seen = widths(student)
     trainer.evaluate(dataset)
     assert seen == [len(row["input_ids"]) for row in dataset]
+
+
+def test_loaders_that_others_read_have_the_order_of_the_rows(tmp_path):
+    """Before, after and within an evaluation, and in a subclass that makes its own of them."""
+    dataset, student, found = hub_rows(9, length=12), tiny("bert"), []
+
+    def order():
+        (batch,) = trainer.get_test_dataloader(dataset)
+        found.append(batch["index"].tolist())
+
+    class Look(TrainerCallback):
+        def on_evaluate(self, args, state, control, **kwargs):
+            order()
+
+    def compute_metrics(given):
+        order()
+        np.testing.assert_array_equal(given.label_ids, dataset["labels"][:])
+        return {}
+
+    settings = {
+        "eval_dataset": {"a": dataset, "b": dataset},
+        "compute_metrics": compute_metrics,
+        "callbacks": [Look()],
+    }
+    trainer = make_trainer(tmp_path, student, None, None, dataset, trainer=settings, per_device_eval_batch_size=9)
+    order()
+    trainer.evaluate()
+    trainer.predict(dataset)
+    order()
+    assert found == [list(range(100, 109))] * len(found)
+    assert len(found) == 7
+
+    class Own(DistillationTrainer):
+        def get_test_dataloader(self, test_dataset):
+            return [*super().get_test_dataloader(test_dataset)]
+
+    own = Own(student, args=trainer.args, processing_class=tokenizer())
+    np.testing.assert_array_equal(own.predict(dataset).label_ids, dataset["labels"][:])
+
+
+def test_metrics_that_predict_again_have_their_own_rows(tmp_path):
+    one, other = hub_rows(9, length=12), hub_rows(7, seed=3, length=12)
+
+    def compute_metrics(given):
+        dataset = one if len(given.label_ids) == 9 else other
+        np.testing.assert_array_equal(given.label_ids, dataset["labels"][:])
+        return {"again": 1.0, **(trainer.predict(other).metrics if dataset is one else {})}
+
+    settings = {"compute_metrics": compute_metrics}
+    trainer = make_trainer(tmp_path, tiny("bert"), None, None, one, trainer=settings)
+    assert trainer.predict(one).metrics["test_again"] == 1.0
+    assert trainer.compute_metrics is compute_metrics
 
 
 def test_texts_behind_a_transform_come_in_the_order_of_the_rows(tmp_path):

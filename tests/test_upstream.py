@@ -35,6 +35,7 @@ OVERRIDDEN = {
     "prediction_step": ["model", "inputs", "prediction_loss_only", "ignore_keys"],
     "evaluation_loop": ["dataloader", "description", "prediction_loss_only", "ignore_keys", "metric_key_prefix"],
     "evaluate": ["eval_dataset", "ignore_keys", "metric_key_prefix"],
+    "predict": ["test_dataset", "ignore_keys", "metric_key_prefix"],
     "log": ["logs", "start_time"],
     "_maybe_log_save_evaluate": None,
     "_save_checkpoint": ["model", "trial"],
