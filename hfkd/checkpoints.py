@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -32,10 +34,18 @@ def check_writable(folder: str | Path, remedy: str) -> None:
 
 
 def start_checkpoint(folder: Path) -> None:
-    """Make an empty folder that says it is unfinished, and remove those that runs which died left beside it."""
+    """Make an empty folder that says it is unfinished, and remove those that runs which died left beside it.
+
+    transformers removes the folders that were changed longest ago, and a run that died while it did so has just
+    changed the oldest. So each gets the time of its latest file.
+    """
     for other in checkpoints_in(folder.parent):
         if (other / UNFINISHED_NAME).exists() and faults_of(other):
             shutil.rmtree(other)
+            continue
+        latest = max((path.stat().st_mtime_ns for path in other.rglob("*") if path.is_file()), default=0)
+        with contextlib.suppress(OSError):  # some mounts keep no times, and transformers sees that
+            os.utime(other, ns=(latest, latest))
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     (folder / UNFINISHED_NAME).touch()

@@ -456,6 +456,20 @@ def test_what_a_killed_run_left_does_not_count_towards_the_limit(tmp_path):
     assert [step_of(path) for path in checkpoints_in(tmp_path)] == [2, 4, 6, 7]
 
 
+@pytest.mark.parametrize("removed", ["model.safetensors", "files.json", "*"])
+def test_a_checkpoint_whose_removal_was_killed_is_still_the_oldest(tmp_path, saved, removed):
+    """transformers goes by the times of the folders, and what removes a file makes its folder new."""
+    for step, age in ((2, 200), (4, 100)):
+        folder = shutil.copytree(saved[0] / "plain" / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+        for path in (*folder.iterdir(), folder):
+            os.utime(path, (time.time() - age,) * 2)
+    for path in (tmp_path / "checkpoint-2").glob(removed):
+        path.unlink()
+    trainer = short(tmp_path, save_total_limit=2)
+    trainer.train(resume_from_checkpoint=True)
+    assert [step_of(path) for path in checkpoints_in(tmp_path)] == [4, 6]
+
+
 @pytest.mark.parametrize("extra", [4, 40, 80, 120])
 def test_a_full_disk_is_named_and_the_checkpoint_before_is_whole(small_disk, saved, extra):
     """Wherever in the second one it is full."""
