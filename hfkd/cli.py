@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 import yaml
 from transformers import HfArgumentParser
 
@@ -38,7 +39,9 @@ def is_refusal(error: BaseException) -> bool:
 def explain_refusals() -> Iterator[None]:
     """End the script with a message and exit status 2, and no traceback, where its input is refused.
 
-    Everything else keeps its traceback; so do refusals with ``HFKD_TRACEBACK=1`` in the environment.
+    Everything else keeps its traceback; so do refusals with ``HFKD_TRACEBACK=1`` in the environment. A script that is
+    done leaves its process group: gloo's threads may abort an interpreter that ends while they live
+    (https://github.com/pytorch/pytorch/pull/179291).
     """
     try:
         yield
@@ -51,6 +54,8 @@ def explain_refusals() -> Iterator[None]:
             time.sleep(60)
         print(f"error: {error.args[0] if error.args else error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 class _Parser(HfArgumentParser):

@@ -5,6 +5,7 @@ import sys
 from dataclasses import dataclass, field
 
 import pytest
+import torch.distributed as dist
 
 from hfkd import DistillationTrainingArguments, cli
 from hfkd.cli import explain_refusals, parse_arguments
@@ -118,6 +119,19 @@ def test_a_bug_keeps_its_traceback():
         make_distiller(None)  # comes out of an expression in hfkd
     with pytest.raises(ValueError, match="invalid literal"), explain_refusals():
         int("x")  # comes out of another library
+
+
+def test_who_is_done_leaves_the_process_group_and_who_failed_waits_for_nobody(tmp_path, capsys):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        assert exit_of(capsys, lambda: make_distiller("kd", alpha=2))[0] == 2
+        assert dist.is_initialized()
+        with explain_refusals():
+            pass
+        assert not dist.is_initialized()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def test_a_library_beside_the_script_is_no_part_of_it(tmp_path, monkeypatch):
