@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -19,7 +20,13 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, StateDictType
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers import (
+    BaseImageProcessor,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+)
 from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN
 
 from hfkd.data import ImageDataset
@@ -36,6 +43,14 @@ def check_student(model: nn.Module) -> None:
         raise TypeError(
             f"the student must be a PreTrainedModel, got {type(model).__name__}: pass model=load_model(name, "
             "label_names=...)"
+        )
+    half = {p.dtype for p in model.parameters() if p.requires_grad} & {torch.float16, torch.bfloat16}
+    if half:
+        warnings.warn(
+            f"the student's weights are {', '.join(map(str, half))}, which small steps do not move: load it with "
+            "dtype=torch.float32; bf16=True is for the time",
+            UserWarning,
+            stacklevel=3,
         )
 
 
@@ -129,16 +144,30 @@ def check_tokens(dataset: Dataset | None, which: str, model: nn.Module, whose: s
                 )
 
 
-def check_tokenizers(
-    dataset: Dataset | None, student: object, teacher: object, student_model: nn.Module, teacher_model: nn.Module
-) -> None:
-    """Refuse a teacher that would read another tokenizer's numbers for its own; warn where nobody can tell."""
+def first_tokens(dataset: Dataset | None) -> Mapping[str, Sequence]:
+    """The tokens of the first rows of a ``datasets.Dataset``; nothing of others."""
     inner = innermost(dataset)
-    columns = inner.column_names if isinstance(inner, datasets.Dataset) else []
-    if "input_ids" not in columns or "teacher_input_ids" in columns or "input_ids" not in input_names(teacher_model):
+    names = inner.column_names if isinstance(inner, datasets.Dataset) else []
+    names = [name for name in ("input_ids", "teacher_input_ids") if name in names]
+    return inner.select_columns(names)[:1000] if names else {}
+
+
+def check_tokenizers(
+    rows: Mapping[str, Any], student: object, teacher: object, student_model: nn.Module, teacher_model: nn.Module
+) -> None:
+    """Refuse a teacher that would read another tokenizer's numbers for its own; warn where nobody can tell.
+
+    Args:
+        rows: Some of the training set, by column.
+        student: The student's tokenizer; of anything else nothing is known.
+        teacher: Likewise.
+        student_model: The student.
+        teacher_model: The teacher.
+    """
+    if "input_ids" not in rows or "teacher_input_ids" in rows or "input_ids" not in input_names(teacher_model):
         return
     if isinstance(student, PreTrainedTokenizerBase) and isinstance(teacher, PreTrainedTokenizerBase):
-        seen = sorted({token for row in inner[:1000]["input_ids"] for token in row})
+        seen = sorted({int(token) for row in rows["input_ids"] for token in row})
         words = zip(*(tokenizer.convert_ids_to_tokens(seen) for tokenizer in (student, teacher)), strict=True)
         for token, (own, other) in zip(seen, words, strict=True):
             if own != other:
@@ -155,6 +184,30 @@ def check_tokenizers(
             "tokenizers of their own, pass hfkd.data.tokenize(data, tokenizer, teacher_tokenizer=...)",
             UserWarning,
             stacklevel=2,
+        )
+
+
+def check_teacher_columns(dataset: Dataset | None, others: Mapping[str, Dataset | None]) -> None:
+    """Refuse an evaluation set without the teacher's tokens, where the training set has them."""
+    inner = innermost(dataset)
+    if not isinstance(inner, datasets.Dataset) or "teacher_input_ids" not in inner.column_names:
+        return
+    for which, other in others.items():
+        other = innermost(other)
+        if isinstance(other, datasets.Dataset) and "teacher_input_ids" not in other.column_names:
+            raise ValueError(
+                f"the {which} set lacks teacher_input_ids, which the train set has, so that the teacher would read "
+                "the student's tokens there: make both by hfkd.data.tokenize(data, tokenizer, teacher_tokenizer=...)"
+            )
+
+
+def check_image_processor(dataset: Dataset | None, processor: object) -> None:
+    """Refuse a teacher's image processor by which its images are not made."""
+    inner = innermost(dataset)
+    if isinstance(processor, BaseImageProcessor) and isinstance(inner, ImageDataset) and not inner.suits(processor):
+        raise ValueError(
+            "teacher_processing_class makes other images than those of the train set, in which the teacher has no "
+            "columns of its own: pass it as ImageDataset(..., teacher_processor=...), for the evaluation set too"
         )
 
 
@@ -305,6 +358,8 @@ def check_labels(
                 f"labels of the {which} set are {labels[0].size} numbers a sample, and the student has {num_labels} "
                 "classes: give one class index a sample, or one probability a class"
             )
+        if problem_type != "regression":
+            check_probabilities(labels, f"labels of the {which} set")
         return
     labels = labels[labels != IGNORE_INDEX]
     if which == "train" and len(labels) > 1 and (labels == labels[0]).all():
@@ -337,6 +392,18 @@ def check_labels(
         raise ValueError(
             f"the {which} set numbers the classes as {names[:5]}…, and the student as {named_labels(config)[:5]}…: "
             "build the student with id2label in the data set's order"
+        )
+
+
+def check_probabilities(labels: np.ndarray, whose: str) -> None:
+    """Refuse soft labels (N, C) that are no distributions over the classes, such as those of a multi-label problem."""
+    labels = labels.astype(np.float64)
+    wrong = np.flatnonzero(~((labels >= 0).all(1) & (np.abs(labels.sum(1) - 1) <= 0.01)))
+    if len(wrong):
+        raise ValueError(
+            f"{whose} have a number for each class, and those of row {wrong[0]} ({labels[wrong[0]].tolist()[:5]}) are "
+            f"no probabilities that add up to 1 (nor are {len(wrong) - 1} more): several classes a sample are not "
+            "supported; where some have no label, give class indices, of which -100 means that"
         )
 
 
@@ -396,6 +463,11 @@ def check_teacher(
         raise ValueError(
             f"{whose} has {teacher.config.num_labels} classes and the student {student.config.num_labels}: "
             "distil between models of the same classes (num_labels=, id2label=)"
+        )
+    if getattr(teacher.config, "problem_type", None) == "multi_label_classification":
+        raise ValueError(
+            f"{whose} is a multi-label model, whose logits are of one class against none each, where the student's "
+            "are of one class among others: take a teacher of single-label classification"
         )
     if not distiller.trains_teacher:
         check_head(teacher, whose)

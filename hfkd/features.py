@@ -19,6 +19,10 @@ from transformers import TimmWrapperForImageClassification
 from hfkd.distillers.base import ModelOutputs
 
 
+# What is said of each token, and so of no other tokens.
+OF_TOKENS = ("token_type_ids", "position_ids")
+
+
 def base_model(model: nn.Module) -> nn.Module:
     """The model inside a PEFT wrapper, or the model itself."""
     return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
@@ -45,16 +49,20 @@ def input_names(model: nn.Module) -> tuple[str, ...]:
 
 
 def select_inputs(model: nn.Module, batch: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
-    """The part of a batch that a model takes; a column ``prefix + name`` goes before ``name``."""
+    """The part of a batch that a model takes; a column ``prefix + name`` goes before ``name``.
+
+    The student's segments and positions are not those of tokens with the prefix.
+    """
     return _select(input_names(model), batch, prefix)
 
 
 def _select(names: Sequence[str], batch: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    others = OF_TOKENS if prefix and f"{prefix}input_ids" in batch else ()
     inputs = {}
     for name in names:
         if prefix and prefix + name in batch:
             inputs[name] = batch[prefix + name]
-        elif name in batch:
+        elif name in batch and name not in others:
             inputs[name] = batch[name]
     return inputs
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hfkd.distillers.base import HardLabelLoss, ModelOutputs, autocast_off, check_temperature
-from hfkd.features import Capture, at_model, in_float32, is_outline, select_inputs
+from hfkd.features import Capture, at_model, in_float32, in_precision_of, is_outline, select_inputs
 
 
 class TeacherEnsemble(nn.Module):
@@ -181,6 +181,8 @@ class Teacher:
         inputs = at_model(self.model, select_inputs(self.model, batch, prefix="teacher_"))
         if self.dtype is not None:
             inputs = {k: v.to(self.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+        elif not torch.is_autocast_enabled(next(iter(inputs.values())).device.type):
+            inputs = in_precision_of(self.model, inputs)
         with (
             self._capture,
             nullcontext() if self.dtype is None else autocast_off(next(self.model.parameters()).device),

@@ -38,21 +38,25 @@ from hfkd.checks import (
     check_dataset,
     check_ensemble,
     check_head,
+    check_image_processor,
     check_inputs,
     check_label_names,
     check_labels,
     check_method,
+    check_probabilities,
     check_processes,
     check_reload,
     check_sharding,
     check_student,
     check_teacher,
+    check_teacher_columns,
     check_tokenizers,
     check_tokens,
     class_names,
     columns_of,
     dataset_index,
     dataset_labels,
+    first_tokens,
     innermost,
     longest_first,
     problem_type_of,
@@ -445,7 +449,7 @@ class DistillationTrainer(SavingTrainer):
             check_reload(self.model)
         self._set_up_labels()
         self._set_up_teacher(self._given_teacher)
-        self._check_inputs(self._teacher_processing_class)
+        self._check_inputs()
         self._set_up_distiller()
         if getattr(self.args, "teacher_cache", None) and self.teacher_model is not None:
             self._set_up_cache()
@@ -490,6 +494,9 @@ class DistillationTrainer(SavingTrainer):
         soft_labels = getattr(self.train_dataset, "soft_labels", False) or (labels is not None and labels.ndim > 1)
         if self.distiller.needs_hard_labels and soft_labels:
             raise ValueError(f"{method} needs class indices as labels: turn Mixup and CutMix off")
+        self._has_unread_rows = labels is None or isinstance(self.train_dataset, IterableDataset)
+        if self.problem_type == "regression" and self.args.label_smoothing_factor:
+            raise ValueError("label_smoothing_factor is about classes, and the student has one output: set it to 0")
         labelled = 0 if labels is None else int((labels != IGNORE_INDEX).sum())
         self._is_labelled = labelled > 0
         self.label_scale = labels.size / labelled if labelled else 1.0
@@ -531,6 +538,24 @@ class DistillationTrainer(SavingTrainer):
             raise ValueError(
                 f"no training sample has a label, and {method} learns from labels: name their column labels, or "
                 "choose KD(), which learns from a teacher alone"
+            )
+
+    def _check_unread_rows(self, batch: Mapping[str, Tensor]) -> None:
+        """Look at the first batch of a set that could not be read ahead."""
+        self._has_unread_rows = False
+        if isinstance(self.train_dataset, IterableDataset):
+            self._check_tokenizers(batch)
+        labels = batch["labels"]
+        if labels.ndim > 1 and self.problem_type == "single_label":
+            check_probabilities(labels.cpu().numpy(), "labels of the first batch")
+        elif not self._is_unlabelled and (unlabelled := int((labels == IGNORE_INDEX).sum())):
+            warnings.warn(
+                f"{unlabelled} of the {len(labels)} labels of the first batch are -100, and how many of the training "
+                "set are cannot be read ahead: where others have labels, the term of these is not scaled by "
+                "N / N_labelled. Give the data set an attribute labels, an array of all of them, or pass a "
+                "datasets.Dataset",
+                UserWarning,
+                stacklevel=2,
             )
 
     def _check_batch_without_labels(self, batch: Mapping[str, Tensor]) -> None:
@@ -643,18 +668,24 @@ class DistillationTrainer(SavingTrainer):
         check_head(teacher)
         return use_channels_last(teacher)
 
-    def _check_inputs(self, teacher_processing_class: Any) -> None:
+    def _check_tokenizers(self, rows: Mapping[str, Any]) -> None:
+        if self.teacher_model is not None:
+            teacher = members_of(self.teacher_model)[-1]
+            check_tokenizers(rows, self.processing_class, self._teacher_processing_class, self.model, teacher)
+
+    def _check_inputs(self) -> None:
         """Show student and teacher the first samples, and look at the tokens of all."""
         readers = [(self.model, "the student", "")]
         apart = set()  # those with a precision of their own
+        tokens = first_tokens(self.train_dataset)
         if self.teacher_model is not None:
             sources = self.teacher.members if isinstance(self.teacher, Teachers) else [self.teacher]
             models = [self.teacher_model if source is None else source.model for source in sources]
             readers += [(model, "the teacher", "teacher_") for model in models]
             apart = {id(source.model) for source in sources if source is not None and source.dtype is not None}
-            check_tokenizers(
-                self.train_dataset, self.processing_class, teacher_processing_class, self.model, readers[-1][0]
-            )
+            self._check_tokenizers(tokens)
+            check_teacher_columns(self.train_dataset, self._eval_datasets())
+            check_image_processor(self.train_dataset, self._teacher_processing_class)
         for model, whose, prefix in readers:
             for which, dataset in {"train": self.train_dataset, **self._eval_datasets()}.items():
                 check_tokens(dataset, which, model, whose, prefix)
@@ -666,6 +697,8 @@ class DistillationTrainer(SavingTrainer):
                 "student.requires_grad_(True) first"
             )
         batch = self.context.sample()
+        if not tokens and "input_ids" in batch:
+            self._check_tokenizers(self.context.sample(64))
         for model, whose, prefix in readers:
             if not is_outline(model):
                 with nullcontext() if id(model) in apart else self.compute_loss_context_manager():
@@ -690,6 +723,13 @@ class DistillationTrainer(SavingTrainer):
         for model, layers in sides:
             for path in layers if model is not None else ():
                 find_module(base_model(model), path.partition(":")[0])
+        names = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")  # the second until transformers 6
+        checkpointing = [getattr(self.args, name, None) or {} for name in names]
+        if self.distiller.student_layers and any(options.get("use_reentrant") for options in checkpointing):
+            raise ValueError(
+                f"{type(self.distiller).__name__} learns from the student's inner layers, which reentrant "
+                f"checkpointing cuts off: leave use_reentrant out of {names[0]}"
+            )
         if isinstance(self.teacher, Teacher):
             self.teacher.watch(self.distiller.teacher_layers)
         trained_teacher = self.teacher_model if self.distiller.trains_teacher else None
@@ -941,6 +981,8 @@ class DistillationTrainer(SavingTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         batch = self._with_labels(inputs)
+        if self._has_unread_rows:
+            self._check_unread_rows(batch)
         teacher = None if self.teacher is None else self.context.teacher(self._with_view(batch))
         tensors = {name: column for name, column in batch.items() if isinstance(column, Tensor)}
         loss, terms, parts = model(tensors, teacher)
@@ -1135,6 +1177,12 @@ class DistillationTrainer(SavingTrainer):
             The student's answers, where it was asked.
         """
         name = (self.args.metric_for_best_model or "loss").removeprefix("eval_")
+        if self.args.metric_for_best_model and isinstance(self.eval_dataset, dict) and self.args.eval_strategy != "no":
+            if not name.startswith(tuple(f"{which}_" for which in self.eval_dataset)):
+                raise ValueError(
+                    f"metric_for_best_model is {name!r}, and each of the evaluation sets has its own: name one, such "
+                    f"as eval_{next(iter(self.eval_dataset))}_loss"
+                )
         one_set = self.eval_dataset is not None and not isinstance(self.eval_dataset, dict)
         if name == "loss" or not one_set or not self._has_metrics or self.state.global_step:
             return None

@@ -24,7 +24,12 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from transformers import PreTrainedTokenizerFast
+from transformers import (
+    PreTrainedTokenizerFast,
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+    TrainingArguments,
+)
 
 from hfkd import DistillationTrainer
 from hfkd.cli import is_refusal, parse_arguments
@@ -36,10 +41,13 @@ from hfkd.distillers import (
     KD,
     KDAIF,
     AttentionMaps,
+    Combined,
     FitNet,
     HiddenStates,
+    InContextKD,
     LabelSmoothing,
     SelfDistillation,
+    StandardizedLogits,
     StudentAlone,
 )
 
@@ -206,6 +214,15 @@ def conv_head(num_labels=5):
     return model
 
 
+def swin():
+    """A teacher of timm whose maps have their channels behind height and width."""
+    sizes = {"img_size": 32, "patch_size": 4, "window_size": 4, "embed_dim": 8, "depths": (1, 1), "num_heads": (1, 2)}
+    config = TimmWrapperConfig(architecture="swin_tiny_patch4_window7_224", num_labels=2, model_args=sizes)
+    model = TimmWrapperForImageClassification(config)
+    torch.nn.init.normal_(model.timm_model.head.fc.bias)
+    return model
+
+
 def spoilt(folder, name, content=None):
     """A folder with a BERT, one file of which is gone, or is something else."""
     where = bert(folder)
@@ -246,6 +263,11 @@ def by_column(folder, distiller, **column):
 
 def unlabelled(**more):
     return rows("bert").with_columns(labels=torch.full((16,), -100), **more)
+
+
+def ones():
+    """Texts of a word that :func:`other_tokenizer` reads otherwise."""
+    return rows("bert").with_columns(input_ids=rows("bert").columns["attention_mask"])
 
 
 def in_regression(folder, labels):
@@ -301,6 +323,7 @@ POS_NEG = "text,label\n" + "1 2 3,pos\n4 5,neg\n" * 20
 LONG = "text,label\n" + "1 2 3 4 5 6 7 8 9 10 11 12,pos\n4 5,neg\n" * 20
 JPEG = encoded(picture(size=(96, 96)), "JPEG")
 PNG = encoded(picture())
+CHECKPOINTING = next(name for name in vars(TrainingArguments()) if name.endswith("_checkpointing_kwargs"))
 # fmt: off
 CASES = [
     # Paths and names
@@ -734,6 +757,57 @@ CASES = [
     ("teacher worse than the student", lambda f: (lambda s: against(f, s, tiny_teacher("bert"), s,
          torch.argmax))(tiny_teacher("bert", seed=3)),
      UserWarning, ["the teacher is right on", "and the student already on 100.0%", "id2label"]),
+    # Silently another run than was meant
+    ("several classes a sample", lambda f: trainer(f, dataset=rows("bert").with_columns(labels=torch.ones(16, 5))),
+     ValueError, ["labels of the train set", "row 0 ([1.0,", "(nor are 15 more)", "several classes a sample"]),
+    ("several classes a sample in a stream", lambda f: trainer(f, max_steps=1, dataset=as_datasets(
+         rows("bert").with_columns(labels=torch.ones(16, 5))).to_iterable_dataset()),
+     ValueError, ["labels of the first batch", "several classes a sample"]),
+    ("no label among soft ones", lambda f: trainer(f, dataset=rows("bert").with_columns(
+         labels=torch.cat([torch.eye(5), torch.full((11, 5), -100.0)]))),
+     ValueError, ["those of row 5 ([-100.0,", "give class indices, of which -100"]),
+    ("teacher of several classes a sample", lambda f: trainer(f, teacher=tiny_teacher("bert",
+         problem_type="multi_label_classification")),
+     ValueError, ["the teacher is a multi-label model", "take a teacher of single-label classification"]),
+    ("unlabelled samples of a stream", lambda f: trainer(f, max_steps=1, dataset=as_datasets(unlabelled()
+         ).to_iterable_dataset()),
+     UserWarning, ["labels of the first batch are -100", "N / N_labelled", "an attribute labels"]),
+    ("other tokenizer of a torch data set", lambda f: trainer(f, dataset=ones(), more={"processing_class": tokenizer(),
+         "teacher_processing_class": other_tokenizer()}),
+     ValueError, ["the tokenizers differ", "teacher_tokenizer=..."]),
+    ("other tokenizer of a stream", lambda f: trainer(f, dataset=as_datasets(ones()).to_iterable_dataset(),
+         more={"processing_class": tokenizer(), "teacher_processing_class": other_tokenizer()}, max_steps=1),
+     ValueError, ["the tokenizers differ", "teacher_tokenizer=..."]),
+    ("evaluation without the teacher's tokens", lambda f: trainer(f, dataset=as_datasets(rows("bert").with_columns(
+         teacher_input_ids=rows("bert").columns["input_ids"])), evaluation=as_datasets(rows("bert")),
+         more={"processing_class": tokenizer(), "teacher_processing_class": tokenizer()}),
+     ValueError, ["the evaluation set lacks teacher_input_ids", "hfkd.data.tokenize"]),
+    ("teacher's image processor alone", lambda f: image_trainer(f, [PNG] * 4, teacher=tiny_teacher("cifar",
+         num_labels=2), trainer={"teacher_processing_class": processor_for(tiny("cifar", image_mean=(0.5,) * 3))}),
+     ValueError, ["teacher_processing_class makes other images", "ImageDataset(..., teacher_processor=...)"]),
+    ("best by no set", lambda f: trainer(f, evaluation={"one": rows("bert"), "two": rows("bert")},
+         load_best_model_at_end=True, eval_strategy="epoch", save_strategy="epoch"),
+     ValueError, ["metric_for_best_model is 'loss'", "eval_one_loss"]),
+    ("label smoothing of numbers", lambda f: trainer(f, tiny("bert", num_labels=1), None, dataset=rows("bert"
+         ).with_columns(labels=torch.randn(16)), label_smoothing_factor=0.1),
+     ValueError, ["label_smoothing_factor is about classes", "set it to 0"]),
+    ("student in half precision", lambda f: trainer(f, tiny("bert").bfloat16()),
+     UserWarning, ["the student's weights are torch.bfloat16", "dtype=torch.float32"]),
+    ("maps with the channels last", lambda f: image_trainer(f, [PNG] * 4, teacher=swin(), distiller=FitNet(
+         student_layers="layer1", teacher_layers="timm_model.layers.0")),
+     ValueError, ["FitNet compares a map", "the teacher's are NHWC (SwinTransformer)", "logits"]),
+    ("attention to what comes before", lambda f: trainer(f, tiny("bert", is_decoder=True), distiller=AttentionMaps()),
+     ValueError, ["BertForSequenceClassification attends to what comes before alone", "HiddenStates()"]),
+    ("reentrant checkpointing", lambda f: trainer(f, distiller=HiddenStates(), **{CHECKPOINTING: {"use_reentrant":
+         True}}),
+     ValueError, ["HiddenStates learns from the student's inner layers", "leave use_reentrant out"]),
+    ("influence behind z-scores", lambda f: StandardizedLogits(Combined({"one": KDAIF()}, task_from="one")),
+     ValueError, ["KDAIF would measure influence on raw logits", "KDAIF(StandardizedLogits(...))"]),
+    ("a bank behind z-scores", lambda f: StandardizedLogits(InContextKD()),
+     ValueError, ["InContextKD compares z-scores with raw logits", "without wrapper"]),
+    ("weights of another batch", lambda f: trainer(f, distiller=KDAIF(teacher_update="meta"), dataset=rows("bert"
+         ).with_columns(sample_weight=torch.ones(16)), more={"held_out_dataset": rows("bert", 8, seed=1)}),
+     ValueError, ['teacher_update="meta"', "drop the column sample_weight"]),
 ]
 # fmt: on
 

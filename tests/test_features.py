@@ -129,7 +129,10 @@ def test_inputs_are_chosen_by_name_and_prefix():
     }
     assert select_inputs(student, batch) == {"input_ids": 0, "attention_mask": 1}
     chosen = select_inputs(teacher, batch, prefix="teacher_")
-    assert chosen == {"input_ids": 3, "attention_mask": 1, "token_type_ids": 2}
+    assert chosen == {"input_ids": 3, "attention_mask": 1}  # the segments are of other tokens
+    del batch["teacher_input_ids"]
+    chosen = select_inputs(teacher, batch, prefix="teacher_")
+    assert chosen == {"input_ids": 0, "attention_mask": 1, "token_type_ids": 2}
 
 
 def test_half_precision_is_widened_and_gradients_are_cut():

@@ -209,6 +209,13 @@ def test_members_are_frozen_and_stay_as_they_are(tmp_path):
         trainer.train()
 
 
+def test_a_convolutional_teacher_may_come_in_half_precision(tmp_path):
+    """As ``from_pretrained`` gives it where the file is; images are float32."""
+    teacher = tiny_teacher("cifar").bfloat16()
+    make_trainer(tmp_path, tiny("cifar"), teacher, KD(), rows("cifar")).train()
+    assert teacher.conv1.weight.dtype == torch.bfloat16
+
+
 def test_members_may_have_a_precision_of_their_own(tmp_path):
     teachers, seen = [tiny_teacher("bert"), tiny_teacher("bert", seed=7).bfloat16()], []
     for teacher in teachers:

@@ -139,6 +139,13 @@ class ImageDataset(Dataset):
         if views is not None:
             self._check_views(views)
 
+    def suits(self, teacher_processor: BaseImageProcessor) -> bool:
+        """Whether the teacher gets its own images here, or would have the student's."""
+        if "teacher_pixel_values" in self.views:
+            return True
+        first = self._decode(0)
+        return _View(teacher_processor, first.height, first.width).agrees_with(self.views["pixel_values"])
+
     def _check_views(self, views: int) -> None:
         if not self.is_augmented:
             raise ValueError(f"views={views} needs an augmentation to draw from: set augment, or leave views out")

@@ -262,9 +262,11 @@ def _encode(
 ) -> dict[str, Dataset]:
     """Replace the columns ``drop`` of every split that has rows by what the tokenizer makes of ``texts``."""
     options = {"truncation": True, "max_length": min(max_length, tokenizer.model_max_length)}
-    # RoBERTa's are all zero: no information, and a GPT-2 would add an embedding for them.
-    probe = tokenizer("a", "b", return_token_type_ids=True)["token_type_ids"]
-    options["return_token_type_ids"] = "token_type_ids" in tokenizer.model_input_names or any(probe)
+    # Of tokenizers that do not give them of themselves DistilBERT's knows them, which a BERT as teacher wants.
+    # RoBERTa's are all zero; GPT-2's are not, but it has no separator, and its model would add an embedding for them.
+    segments = tokenizer("a", "b", return_token_type_ids=True)["token_type_ids"]
+    knows_them = tokenizer.sep_token is not None and any(segments)
+    options["return_token_type_ids"] = "token_type_ids" in tokenizer.model_input_names or knows_them
 
     def encode(rows):
         return dict(tokenizer(*(rows[column] for column in texts), **options))

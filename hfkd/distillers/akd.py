@@ -185,6 +185,12 @@ class AKD(Distiller):
             size = torch.where(self.average_gap.isnan(), size, self.average_gap)
         return _alpha_of_gap(size, self.gap, self.kappa)
 
+    def on_train_begin(self, context):
+        if self.ema is not None:
+            self._gaps.clear()
+            if not context.progress:  # a second run: that average was of the first one's student
+                self.average_gap.fill_(torch.nan)
+
     @torch.no_grad()
     def on_step_end(self, context):
         if self.alpha == "learned":

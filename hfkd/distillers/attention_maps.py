@@ -114,6 +114,8 @@ def _projections(model: nn.Module, layers: Sequence[str]) -> tuple[str, ...]:
                 f"the attention scores of {type(model).__name__} are more than products of queries and keys ({name}): "
                 f"{_REMEDY}"
             )
+    if any(getattr(module, "is_causal", False) or getattr(module, "is_decoder", False) for module in model.modules()):
+        raise ValueError(f"{type(model).__name__} attends to what comes before alone: {_REMEDY}")
     paths = []
     for layer in layers:
         inside = [f"{layer}.{name}" for name, _ in find_module(model, layer).named_modules()]
@@ -139,8 +141,8 @@ class AttentionMaps(LayerDistiller):
     ``"mse"`` is TinyBERT's, ``task + weight * attention``: squared differences of scores, summed over layers.
     ``"kl"`` is MiniLM's, ``task + weight * (attention + value_relation)``: divergences in the last layer, also of how
     values relate to each other. Widths may differ. Scores come from the outputs of the projections to queries, keys
-    and values, so that models keep their fast attention. Models whose positions enter behind these (relative, rotary)
-    are refused.
+    and values, so that models keep their fast attention. Models whose positions enter behind these (relative, rotary),
+    and causal ones, are refused.
 
     Args:
         loss: ``"mse"`` (TinyBERT) or ``"kl"`` (MiniLM).

@@ -321,6 +321,11 @@ class KDAIF(Wrapper):
         if self.hessian == "ekfac" and context.processes > 1:
             raise ValueError('hessian="ekfac" works in one process: train on one, or use "lissa"')
         if self.teacher_update == "meta":
+            if "sample_weight" in context.sample():
+                raise ValueError(
+                    'teacher_update="meta" has a term on the batch before, which the weights of this one would weigh: '
+                    'drop the column sample_weight, or use "weighted"'
+                )
             if context.processes > 1:
                 raise ValueError(
                     'teacher_update="meta" keeps the batch of the latest step, which differs between processes: train '

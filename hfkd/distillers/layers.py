@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hfkd.distillers.base import Distiller, ModelOutputs, check_not_negative
-from hfkd.features import probe, stage_paths
+from hfkd.features import base_model, probe, stage_paths
 
 
 Pairs = list[tuple[Tensor, Tensor]]
@@ -118,12 +118,19 @@ class LayerDistiller(Distiller):
             )
         student = probe(context.student, samples, self.student_layers)
         teacher = probe(context.teacher_model, samples, self.teacher_layers, prefix="teacher_")
-        for whose, features in (("student", student), ("teacher", teacher)):
+        models = base_model(context.student), base_model(context.teacher_model)
+        for whose, model, features in zip(("student", "teacher"), models, (student, teacher), strict=True):
             for path, feature in features.items():
                 if feature.ndim not in self.dimensions:
                     raise ValueError(
                         f"{type(self).__name__} compares {' or '.join(self.dimensions.values())}, and {path!r} of the "
                         f"{whose} gives {tuple(feature.shape)}: {self.remedy}"
+                    )
+                layout = getattr(getattr(model, "timm_model", None), "output_fmt", "NCHW")
+                if feature.ndim == 4 and layout != "NCHW":
+                    raise ValueError(
+                        f"{type(self).__name__} compares {self.dimensions[4]}, and the {whose}'s are {layout} "
+                        f"({type(model.timm_model).__name__}): take another {whose}, or a method that compares logits"
                     )
         pairs = self._paired(student, teacher)
         for own, other in pairs:

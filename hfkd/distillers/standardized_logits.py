@@ -8,7 +8,9 @@ from torch import Tensor
 
 from hfkd.distillers.base import Distiller, ModelOutputs, StudentAlone, Wrapper
 from hfkd.distillers.combined import Combined
+from hfkd.distillers.ic_kd import InContextKD
 from hfkd.distillers.kd import KD
+from hfkd.distillers.kd_aif import KDAIF
 
 
 def standardize_logits(logits: Tensor) -> Tensor:
@@ -49,6 +51,9 @@ class StandardizedLogits(Wrapper):
     Args:
         base: The method to change; the source's ``task + 9 * kd`` at temperature 2 by default.
 
+    Raises:
+        ValueError: If the base asks the models itself, and would not see z-scores there (InContextKD, KDAIF).
+
     Source: arXiv 2403.01427; see :func:`standardize_logits`.
     """
 
@@ -58,6 +63,11 @@ class StandardizedLogits(Wrapper):
         if base is None:
             parts = {"alone": StudentAlone(), "kd": KD(alpha=1.0, temperature=2.0)}
             base = Combined(parts, {"kd": 9.0}, task_from="alone")
+        for part in base.modules():
+            if isinstance(part, KDAIF):
+                raise ValueError("KDAIF would measure influence on raw logits: use KDAIF(StandardizedLogits(...))")
+            if isinstance(part, InContextKD):
+                raise ValueError("InContextKD compares z-scores with raw logits of its bank: use it without wrapper")
         super().__init__(base)
 
     def forward(self, student, teacher, batch):

@@ -2,7 +2,7 @@ import datasets
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertTokenizer, DistilBertTokenizer, PreTrainedTokenizerFast
+from transformers import BertTokenizer, DistilBertTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
 
 from hfkd.data import GLUE_TASKS, load_text_data, tokenize
 
@@ -274,6 +274,17 @@ def test_a_distilbert_student_keeps_the_segments_for_its_teacher(data_dir, vocab
     data = tokenize(raw, student, teacher_tokenizer=teacher)
     assert set(data.train.column_names) == {"input_ids", "attention_mask", "token_type_ids", "labels", "index"}
     assert data.train["token_type_ids"][:] == tokenize(raw, teacher).train["token_type_ids"][:]
+
+
+def test_gpt2_gets_no_segments(tmp_path):
+    """Its tokenizer gives none of itself, and its model would add an embedding for them."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = {letter: i for i, letter in enumerate([*alphabet, "<|endoftext|>"])}
+    tokenizer = GPT2Tokenizer(vocab=words, merges=[], pad_token="<|endoftext|>", model_max_length=32)
+    path = tmp_path / "train.csv"
+    path.write_text("text,label\n" + "good,a\nbad,b\n" * 20)
+    data = tokenize(load_text_data("own", train_file=path), tokenizer)
+    assert set(data.train.column_names) == {"input_ids", "attention_mask", "labels", "index"}
 
 
 def test_twins_only_where_the_teacher_reads_otherwise(data_dir, vocab, roberta_like):

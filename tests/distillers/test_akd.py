@@ -223,6 +223,18 @@ def test_the_average_gap_is_that_of_the_steps_before():
         assert method.average_gap.item() == pytest.approx(average, rel=1e-6)
 
 
+def test_a_second_run_starts_without_an_average():
+    method, going_on = AKD(ema=0.75, gap="ratio"), Alone()
+    method(*call(*batch()))
+    method.on_step_end(Alone())
+    assert method.average_gap.isfinite()
+    going_on.progress = 0.5
+    method.on_train_begin(going_on)
+    assert method.average_gap.isfinite()
+    method.on_train_begin(Alone())
+    assert method.average_gap.isnan()
+
+
 def test_with_cam_it_is_cam_over_it():
     arguments = call(*batch())
     inside, outside = AKD("learned", cam=True).double(), CAM(AKD("learned")).double()
