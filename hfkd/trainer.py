@@ -1161,7 +1161,7 @@ class DistillationTrainer(SavingTrainer):
             warnings.warn(
                 f"of {known.sum()} samples the teacher {told.format(abs(teacher), rival, abs(rivals[rival]))}: look "
                 "whether its classes are in the data's order (id2label) and its inputs its own "
-                "(teacher_processing_class=), or take another teacher",
+                "(teacher_processor= of ImageDataset, teacher_tokenizer= of tokenize), or take another teacher",
                 UserWarning,
                 stacklevel=2,
             )
