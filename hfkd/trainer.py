@@ -1282,15 +1282,17 @@ class DistillationTrainer(SavingTrainer):
         return (logits.argmax(-1) == classes).float().masked_fill(classes < 0, -1.0)
 
     def _score(self, predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        known = labels >= 0 if self.problem_type == "single_label" else labels != IGNORE_INDEX
+        is_regression = self.problem_type == "regression"
+        one_each = labels.argmax(-1) if labels.ndim > 1 and not is_regression else labels.reshape(len(labels))
+        known = one_each != IGNORE_INDEX if is_regression else one_each >= 0
         if not known.any():
             return {}
         if self._has_metrics:
             compute_metrics = getattr(self.compute_metrics, "of_rows", self.compute_metrics)
             return denumpify_detensorize(compute_metrics(EvalPrediction(predictions, labels)))
-        if self.problem_type == "regression":
-            return {"mse": float(((predictions.squeeze(-1) - labels)[known] ** 2).mean())}
-        return {"accuracy": float((predictions.argmax(-1) == labels)[known].mean())}
+        if is_regression:
+            return {"mse": float(((predictions.squeeze(-1) - one_each)[known] ** 2).mean())}
+        return {"accuracy": float((predictions.argmax(-1) == one_each)[known].mean())}
 
     def _labels_as_batched(self, dataset: Dataset) -> np.ndarray | None:
         labels = self._labels_of(dataset)

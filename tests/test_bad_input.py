@@ -867,6 +867,22 @@ def test_evaluation_may_lack_classes_and_labels_may_be_soft(tmp_path, no_step):
     trainer(tmp_path, dataset=labelled(*torch.eye(5).tolist()))
 
 
+@pytest.mark.parametrize("family", ["classes", "numbers"])
+def test_evaluation_labels_may_have_two_dimensions(tmp_path, family):
+    classes, of_one = (
+        (5, torch.eye(5)[rows("bert").columns["labels"]]) if family == "classes" else (1, torch.randn(16, 1))
+    )
+    found = []
+    for labels in (of_one, of_one.argmax(1) if family == "classes" else of_one.flatten()):
+        dataset = rows("bert").with_columns(labels=labels)
+        models = tiny("bert", num_labels=classes), tiny_teacher("bert", num_labels=classes)
+        made = trainer(tmp_path, *models, dataset=dataset, evaluation=dataset, max_steps=1)
+        made.train()
+        found.append({**made.evaluate_teacher(), "loss": made.evaluate()["eval_loss"]})
+    assert found[0] == pytest.approx(found[1])
+    assert {"loss", "accuracy" if family == "classes" else "mse"} == set(found[0])
+
+
 def test_one_labelled_sample_is_no_class_of_its_own(tmp_path, no_step):
     trainer(tmp_path, dataset=labelled(*[-100] * 7, 3))
 

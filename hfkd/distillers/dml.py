@@ -46,9 +46,8 @@ class DML(Distiller):
 
     at temperature 1, the peer's answer without gradient; both networks take their step on the same batch at once. The
     student is trained, evaluated and saved as ever; the peer's terms are logged as ``peer_task`` and ``peer_dml``, it
-    is saved in every checkpoint under ``teacher/``, and ``trainer.teacher_model`` holds it. ``max_grad_norm`` (1 unless
-    given) clips the gradients of both by their joint norm, as of all that a run trains. Costs twice the training of
-    one.
+    is saved in every checkpoint under ``teacher/``, and ``trainer.teacher_model`` holds it. ``max_grad_norm`` clips
+    the gradients of both by their joint norm, as of all that a run trains. Costs twice the training of one.
 
     Args:
         weight: Weight of the divergence, not negative; the paper uses 1.
