@@ -11,6 +11,7 @@ import datasets
 import pytest
 import torch
 from helpers import DATA
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
@@ -22,6 +23,7 @@ from transformers import (
 
 from hfkd.cli import parse_arguments
 from hfkd.models import load_model
+from hfkd.saving import SavingTrainer
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -371,6 +373,43 @@ def test_two_processes_fill_the_cache_of_a_text_run_ahead(reviews, tmp_path, run
     found, _ = run_here("run_glue_kd", *flags, "--teacher_cache", "--output_dir", tmp_path / "out")
     assert (found["teacher_cache_hits"], found["teacher_cache_misses"]) == (36, 0)
     assert found["teacher_cache_fill_seconds"] == pytest.approx(asked["seconds"])
+
+
+@pytest.mark.parametrize("script", ["run_image_kd", "run_glue_kd"])
+def test_a_run_that_trains_its_teacher_goes_on_wherever_it_was_stopped(
+    text_teacher, tmp_path, run_here, monkeypatch, script
+):
+    flags = [*IMAGE.split(), "--teacher", "resnet8"]
+    if script == "run_glue_kd":
+        texts = "".join(f"{text},{name}\n" for text, name in (("the film was good", "pos"), ("awful", "neg")) * 20)
+        (tmp_path / "train.csv").write_text("sentence,label\n" + texts)
+        flags = [*TEXT.split(), "--num_train_epochs", "2", "--train_file", tmp_path / "train.csv"]
+        flags += ["--teacher", text_teacher]
+    written, stop_before, save = [], None, SavingTrainer._save_checkpoint
+
+    def save_or_stop(trainer, *args):
+        if len(written) == stop_before:
+            raise KeyboardInterrupt
+        written.append(f"{trainer.args.output_dir[-7:]} {trainer.state.global_step}")
+        save(trainer, *args)
+
+    monkeypatch.setattr(SavingTrainer, "_save_checkpoint", save_or_stop)
+
+    def run(folder, *more):
+        written.clear()
+        run_here(script, *flags, "--train_teacher", "--output_dir", folder, *more)
+        return [*written], load_file(folder / "model.safetensors")
+
+    whole, student = run(tmp_path / "whole" / "student")
+    assert len(whole) == 4  # two of the teacher, two of the student
+    for stop_before in range(4):
+        folder = tmp_path / str(stop_before) / "student"
+        with pytest.raises(KeyboardInterrupt):
+            run(folder)
+        done, stop_before = stop_before, None
+        rest, resumed = run(folder, "--resume_from_checkpoint", "true")
+        assert rest == whole[done:]
+        assert all(torch.equal(resumed[name], student[name]) for name in student)
 
 
 def test_custom_distiller(image_teacher, tmp_path):
