@@ -24,6 +24,7 @@ from hfkd.checkpoints import checkpoints_in, last_whole_checkpoint
 from hfkd.cli import check_conflicts, explain_refusals, json_table, parse_arguments
 from hfkd.data import load_text_data, load_tokenizer, tokenize, write_predictions
 from hfkd.distillers import make_distiller
+from hfkd.labels import named_labels
 from hfkd.metrics import compute_metrics
 from hfkd.models import load_model, load_teacher, student_from_teacher
 
@@ -158,8 +159,10 @@ def run(
             teacher_trainer.save_model()
         else:
             teacher = load_teacher(teacher_name, may_wait=bool(args.teacher_cache), **options)
-        if raw.label_names is None and not raw.is_regression:
-            raw.label_names = [teacher.config.id2label[i] for i in range(teacher.config.num_labels)]
+        names = [teacher.config.id2label[i] for i in range(teacher.config.num_labels)]
+        are_numbers = raw.label_names == [str(i) for i in range(len(names))]  # in the file, where they have no names
+        if (raw.label_names is None and not raw.is_regression) or (are_numbers and named_labels(teacher.config)):
+            raw.label_names = names
 
     set_seed(args.seed)
     if model_args.student is not None:

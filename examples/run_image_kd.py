@@ -23,6 +23,7 @@ from hfkd.checkpoints import checkpoints_in, last_whole_checkpoint
 from hfkd.cli import check_conflicts, explain_refusals, json_table, parse_arguments
 from hfkd.data import ImageDataset, load_image_data, processor_for
 from hfkd.distillers import make_distiller
+from hfkd.labels import named_labels
 from hfkd.metrics import compute_metrics
 from hfkd.models import load_model, load_teacher
 
@@ -177,8 +178,10 @@ def run(
                 may_wait=bool(args.teacher_cache),
                 trust_remote_code=model_args.trust_remote_code,
             )
-        if data.label_names is None:
-            data.label_names = [teacher.config.id2label[i] for i in range(teacher.config.num_labels)]
+        names = [teacher.config.id2label[i] for i in range(teacher.config.num_labels)]
+        are_numbers = data.label_names == [str(i) for i in range(len(names))]  # in the file, where they have no names
+        if data.label_names is None or (are_numbers and named_labels(teacher.config)):
+            data.label_names = names
         if train_teacher:
             teacher_args = copy.copy(args)
             teacher_args.output_dir = teacher_folder

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from helpers import DATA
@@ -354,6 +355,28 @@ def test_behind_a_full_cache_a_text_teacher_is_never_loaded(reviews, tmp_path, r
         flags = [*flags, "--student", tmp_path / "student"]
     times = 1 if student == "named" else 2
     assert_second_needs_no_teacher(lambda *more: run_here("run_glue_kd", *flags, *more), teacher, tmp_path, times)
+
+
+@pytest.mark.parametrize("student", ["named", "cut out"])
+def test_numbers_in_a_file_are_the_teachers_classes(reviews, tmp_path, run_here, student):
+    flags, teacher = reviews
+    rows = "the film was good,1\na very bad film,0\nnot a bad film,1\nawful,0\n"
+    (tmp_path / "train.csv").write_text("sentence,label\n" + rows * 10)
+    flags = [*flags, "--train_file", tmp_path / "train.csv", "--output_dir", tmp_path / "out"]
+    run_here("run_glue_kd", *flags, *(["--student", teacher] if student == "named" else []))
+    trained = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert trained.config.id2label == {0: "neg", 1: "pos"}
+
+
+def test_numbers_in_a_file_are_the_image_teachers_classes(image_teacher, tmp_path, run_here):
+    teacher = load_model(image_teacher, label_names=[f"digit {i}" for i in range(10)])
+    teacher.save_pretrained(tmp_path / "teacher")
+    columns = {"image": [np.full((8, 8), i, dtype=np.uint8) for i in range(40)], "label": [i % 10 for i in range(40)]}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "train.parquet")
+    flags = [*IMAGE.split(), "--dataset", "own", "--data_dir", tmp_path, "--teacher", tmp_path / "teacher"]
+    run_here("run_image_kd", *flags, "--output_dir", tmp_path / "out")
+    assert AutoModelForImageClassification.from_pretrained(tmp_path / "out").config.id2label[7] == "digit 7"
 
 
 def test_two_processes_fill_the_cache_of_a_text_run_ahead(reviews, tmp_path, run_here):

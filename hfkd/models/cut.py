@@ -32,6 +32,7 @@ def student_from_teacher(
         num_layers: How many layers the student has.
         layers: Which teacher layers they are, counted from 0 and rising, instead of ``num_layers``.
         label_names: Class names in the order of the student's data; the head is reordered where the teacher's differs.
+            Numbers from 0, in that order, leave the teacher's names.
 
     Returns:
         A model with weights of its own, on the CPU, in evaluation mode and the teacher's dtype.
@@ -89,7 +90,10 @@ def student_from_teacher(
 def _name_classes(student: PreTrainedModel, label_names: Sequence[str]) -> None:
     if len(label_names) != student.config.num_labels:
         raise ValueError(f"the teacher has {student.config.num_labels} classes, the data {len(label_names)}")
-    order = align_labels(label_names, named_labels(student.config), whose="the teacher")
+    names, numbers = named_labels(student.config), [str(i) for i in range(len(label_names))]
+    if list(label_names) == numbers and names is not None and {*names} != {*numbers}:
+        return  # a file has numbers where the teacher has names
+    order = align_labels(label_names, names, whose="the teacher")
     if order is not None:
         reorder_head(student, order)
     student.config.id2label = dict(enumerate(label_names))

@@ -169,6 +169,9 @@ def test_the_head_follows_the_data_sets_order():
     tokens = torch.tensor([[1, 2, 3]])
     torch.testing.assert_close(student(tokens).logits, teacher(tokens).logits[:, [1, 2, 0]])
     assert student.config.id2label == {0: "yes", 1: "maybe", 2: "no"}
+    numbered = student_from_teacher(teacher, num_layers=2, label_names=["0", "1", "2"])
+    torch.testing.assert_close(numbered(tokens).logits, teacher(tokens).logits)
+    assert numbered.config.id2label == teacher.config.id2label
     with pytest.raises(ValueError, match="classes of the teacher are not the student's"):
         student_from_teacher(teacher, num_layers=1, label_names=["a", "b", "c"])
     with pytest.raises(ValueError, match="the teacher has 3 classes, the data 2"):
