@@ -20,9 +20,11 @@ from pathlib import Path
 from transformers import set_seed
 
 from hfkd import DistillationTrainer, DistillationTrainingArguments
+from hfkd.checkpoints import checkpoints_in, last_whole_checkpoint
 from hfkd.cli import check_conflicts, explain_refusals, json_table, parse_arguments
 from hfkd.data import load_text_data, load_tokenizer, tokenize, write_predictions
 from hfkd.distillers import make_distiller
+from hfkd.labels import named_labels
 from hfkd.metrics import compute_metrics
 from hfkd.models import load_model, load_teacher, student_from_teacher
 
@@ -132,8 +134,14 @@ def run(
     teacher, teacher_tokenizer = None, None
     teacher_name, train_teacher = model_args.teacher, model_args.train_teacher
     teacher_folder = os.path.normpath(args.output_dir) + "-teacher"  # beside the student, whose folder is its own
-    if train_teacher and args.resume_from_checkpoint:
-        teacher_name, train_teacher = teacher_folder, False
+    resume, teacher_resume = args.resume_from_checkpoint, None
+    if train_teacher and resume:
+        if str(resume).lower() == "true" and not checkpoints_in(Path(args.output_dir)):
+            resume = None  # the run was stopped before the student had one
+        if resume or Path(teacher_folder, "config.json").is_file():
+            teacher_name, train_teacher = teacher_folder, False
+        else:
+            teacher_resume = last_whole_checkpoint(Path(teacher_folder))
     if teacher_name is not None:
         set_seed(args.seed)
         teacher_tokenizer = load_tokenizer(teacher_name, trust_remote_code=model_args.trust_remote_code)
@@ -147,12 +155,14 @@ def run(
             teacher_args.push_to_hub = False
             data = tokenize(raw, teacher_tokenizer, max_length=data_args.max_length)
             teacher_trainer = trainer_for(teacher, data, teacher_tokenizer, teacher_args)
-            teacher_trainer.train()
+            teacher_trainer.train(resume_from_checkpoint=teacher_resume)
             teacher_trainer.save_model()
         else:
             teacher = load_teacher(teacher_name, may_wait=bool(args.teacher_cache), **options)
-        if raw.label_names is None and not raw.is_regression:
-            raw.label_names = [teacher.config.id2label[i] for i in range(teacher.config.num_labels)]
+        names = [teacher.config.id2label[i] for i in range(teacher.config.num_labels)]
+        are_numbers = raw.label_names == [str(i) for i in range(len(names))]  # in the file, where they have no names
+        if (raw.label_names is None and not raw.is_regression) or (are_numbers and named_labels(teacher.config)):
+            raw.label_names = names
 
     set_seed(args.seed)
     if model_args.student is not None:
@@ -180,7 +190,7 @@ def run(
 
     if only_warm:
         return trainer.warm_teacher_cache()
-    results = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics
+    results = trainer.train(resume_from_checkpoint=resume).metrics
     results["world_size"] = args.world_size
     unlabelled = {}
     for split, dataset in {"eval": data.validation, "test": data.test, **data.extra}.items():

@@ -14,13 +14,16 @@ cosine schedule; for a pretrained transformer use --optim adamw_torch --learning
 import copy
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from transformers import set_seed
 
 from hfkd import DistillationTrainer, DistillationTrainingArguments, Distiller
+from hfkd.checkpoints import checkpoints_in, last_whole_checkpoint
 from hfkd.cli import check_conflicts, explain_refusals, json_table, parse_arguments
 from hfkd.data import ImageDataset, load_image_data, processor_for
 from hfkd.distillers import make_distiller
+from hfkd.labels import named_labels
 from hfkd.metrics import compute_metrics
 from hfkd.models import load_model, load_teacher
 
@@ -154,8 +157,14 @@ def run(
 
     teacher, teacher_name, train_teacher = None, model_args.teacher, model_args.train_teacher
     teacher_folder = os.path.normpath(args.output_dir) + "-teacher"  # beside the student, whose folder is its own
-    if train_teacher and args.resume_from_checkpoint:
-        teacher_name, train_teacher = teacher_folder, False
+    resume, teacher_resume = args.resume_from_checkpoint, None
+    if train_teacher and resume:
+        if str(resume).lower() == "true" and not checkpoints_in(Path(args.output_dir)):
+            resume = None  # the run was stopped before the student had one
+        if resume or Path(teacher_folder, "config.json").is_file():
+            teacher_name, train_teacher = teacher_folder, False
+        else:
+            teacher_resume = last_whole_checkpoint(Path(teacher_folder))
     if teacher_name is not None:
         set_seed(args.seed)
         if train_teacher:
@@ -169,8 +178,10 @@ def run(
                 may_wait=bool(args.teacher_cache),
                 trust_remote_code=model_args.trust_remote_code,
             )
-        if data.label_names is None:
-            data.label_names = [teacher.config.id2label[i] for i in range(teacher.config.num_labels)]
+        names = [teacher.config.id2label[i] for i in range(teacher.config.num_labels)]
+        are_numbers = data.label_names == [str(i) for i in range(len(names))]  # in the file, where they have no names
+        if data.label_names is None or (are_numbers and named_labels(teacher.config)):
+            data.label_names = names
         if train_teacher:
             teacher_args = copy.copy(args)
             teacher_args.output_dir = teacher_folder
@@ -179,7 +190,7 @@ def run(
             teacher_args.learning_rate = args.teacher_learning_rate or args.learning_rate
             teacher_args.push_to_hub = False
             teacher_trainer, _ = trainer_for(teacher, teacher_name, teacher_args)
-            teacher_trainer.train()
+            teacher_trainer.train(resume_from_checkpoint=teacher_resume)
             teacher_trainer.save_model()
 
     set_seed(args.seed)
@@ -194,7 +205,7 @@ def run(
 
     if only_warm:
         return trainer.warm_teacher_cache()
-    results = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics
+    results = trainer.train(resume_from_checkpoint=resume).metrics
     results["world_size"] = args.world_size
     for split, dataset in (("eval", trainer.eval_dataset), ("test", test)):
         if dataset is not None:

@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from helpers import DATA
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
@@ -22,6 +24,7 @@ from transformers import (
 
 from hfkd.cli import parse_arguments
 from hfkd.models import load_model
+from hfkd.saving import SavingTrainer
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -354,6 +357,28 @@ def test_behind_a_full_cache_a_text_teacher_is_never_loaded(reviews, tmp_path, r
     assert_second_needs_no_teacher(lambda *more: run_here("run_glue_kd", *flags, *more), teacher, tmp_path, times)
 
 
+@pytest.mark.parametrize("student", ["named", "cut out"])
+def test_numbers_in_a_file_are_the_teachers_classes(reviews, tmp_path, run_here, student):
+    flags, teacher = reviews
+    rows = "the film was good,1\na very bad film,0\nnot a bad film,1\nawful,0\n"
+    (tmp_path / "train.csv").write_text("sentence,label\n" + rows * 10)
+    flags = [*flags, "--train_file", tmp_path / "train.csv", "--output_dir", tmp_path / "out"]
+    run_here("run_glue_kd", *flags, *(["--student", teacher] if student == "named" else []))
+    trained = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert trained.config.id2label == {0: "neg", 1: "pos"}
+
+
+def test_numbers_in_a_file_are_the_image_teachers_classes(image_teacher, tmp_path, run_here):
+    teacher = load_model(image_teacher, label_names=[f"digit {i}" for i in range(10)])
+    teacher.save_pretrained(tmp_path / "teacher")
+    columns = {"image": [np.full((8, 8), i, dtype=np.uint8) for i in range(40)], "label": [i % 10 for i in range(40)]}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "train.parquet")
+    flags = [*IMAGE.split(), "--dataset", "own", "--data_dir", tmp_path, "--teacher", tmp_path / "teacher"]
+    run_here("run_image_kd", *flags, "--output_dir", tmp_path / "out")
+    assert AutoModelForImageClassification.from_pretrained(tmp_path / "out").config.id2label[7] == "digit 7"
+
+
 def test_two_processes_fill_the_cache_of_a_text_run_ahead(reviews, tmp_path, run_here):
     """Together, keeping the larger logit; the run that follows has nothing to ask."""
     flags = [*reviews[0], "--per_device_train_batch_size", "18", "--teacher_cache_top_k", "1"]
@@ -371,6 +396,43 @@ def test_two_processes_fill_the_cache_of_a_text_run_ahead(reviews, tmp_path, run
     found, _ = run_here("run_glue_kd", *flags, "--teacher_cache", "--output_dir", tmp_path / "out")
     assert (found["teacher_cache_hits"], found["teacher_cache_misses"]) == (36, 0)
     assert found["teacher_cache_fill_seconds"] == pytest.approx(asked["seconds"])
+
+
+@pytest.mark.parametrize("script", ["run_image_kd", "run_glue_kd"])
+def test_a_run_that_trains_its_teacher_goes_on_wherever_it_was_stopped(
+    text_teacher, tmp_path, run_here, monkeypatch, script
+):
+    flags = [*IMAGE.split(), "--teacher", "resnet8"]
+    if script == "run_glue_kd":
+        texts = "".join(f"{text},{name}\n" for text, name in (("the film was good", "pos"), ("awful", "neg")) * 20)
+        (tmp_path / "train.csv").write_text("sentence,label\n" + texts)
+        flags = [*TEXT.split(), "--num_train_epochs", "2", "--train_file", tmp_path / "train.csv"]
+        flags += ["--teacher", text_teacher]
+    written, stop_before, save = [], None, SavingTrainer._save_checkpoint
+
+    def save_or_stop(trainer, *args):
+        if len(written) == stop_before:
+            raise KeyboardInterrupt
+        written.append(f"{trainer.args.output_dir[-7:]} {trainer.state.global_step}")
+        save(trainer, *args)
+
+    monkeypatch.setattr(SavingTrainer, "_save_checkpoint", save_or_stop)
+
+    def run(folder, *more):
+        written.clear()
+        run_here(script, *flags, "--train_teacher", "--output_dir", folder, *more)
+        return [*written], load_file(folder / "model.safetensors")
+
+    whole, student = run(tmp_path / "whole" / "student")
+    assert len(whole) == 4  # two of the teacher, two of the student
+    for stop_before in range(4):
+        folder = tmp_path / str(stop_before) / "student"
+        with pytest.raises(KeyboardInterrupt):
+            run(folder)
+        done, stop_before = stop_before, None
+        rest, resumed = run(folder, "--resume_from_checkpoint", "true")
+        assert rest == whole[done:]
+        assert all(torch.equal(resumed[name], student[name]) for name in student)
 
 
 def test_custom_distiller(image_teacher, tmp_path):

@@ -227,13 +227,16 @@ class ImageDataset(Dataset):
         }
 
     def raw_bytes(self, rows: np.ndarray) -> bytes:
-        """The images of some rows before any processing; of a large one that lies in a file, its path and size."""
+        """The images of some rows before any processing; of a large one in a file its path, size and change time."""
         if self.pixels is not None:
             return self.pixels[rows].tobytes()
         parts = [self._mode]
         for value in self._encoded[rows]["image"]:
             content, path = value["bytes"], value["path"]
-            parts.append(f"{path} {os.path.getsize(path)}".encode() if content is None else content)
+            if content is None:
+                file = os.stat(path.split("::")[-1])  # of an image in a zip, the zip
+                content = f"{path} {file.st_size} {file.st_mtime_ns}".encode()
+            parts.append(content)
         return b"".join(parts)
 
     @property

@@ -1,6 +1,7 @@
 """Image data sets by name, from the Hub, or from a local folder."""
 
-from pathlib import Path
+from collections import Counter
+from pathlib import Path, PurePath
 from typing import Literal
 
 import datasets
@@ -42,8 +43,8 @@ def load_image_data(
         dataset: ``"cifar10"``, ``"cifar100"`` (fine labels), ``"svhn"``, ``"digits"`` (scikit-learn's 1,797 real
             8x8 images, a fixed fifth of them as test), or a Hub id. With ``data_dir`` any name.
         data_dir: Folder with ``train*.parquet`` and perhaps ``validation*``, ``test*`` and ``held_out*`` (also in its
-            ``data`` or the set's subfolder), or with images as ``train/<class>/*.png``, ``test/<class>/*.png``. Images
-            with no class folders are unlabelled.
+            ``data`` or the set's subfolder), or with images as ``train/<class>/*.png``, ``test/<class>/*.png``. A
+            split whose images lie in no class folders is unlabelled; such a test split is ``extra["predict"]``.
         validation_fraction: This and the following: see :class:`hfkd.data.splits.SplitOptions`.
         held_out_fraction: Idem.
         labels: Idem.
@@ -55,7 +56,8 @@ def load_image_data(
         revision: Branch, tag or commit on the Hub.
 
     Raises:
-        ValueError: If the set is unknown or its columns or labels do not fit.
+        ValueError: If the set is unknown, its columns or labels do not fit, or some images of a split lie in class
+            folders and others do not.
         FileNotFoundError: If ``data_dir`` does not exist or holds no images.
 
     >>> data = load_image_data("digits", labels=100)
@@ -110,12 +112,43 @@ def _load_folder(folder: Path, dataset: str) -> dict[str, Dataset]:
     if splits:
         return splits
     try:
-        return dict(datasets.load_dataset("imagefolder", data_dir=str(folder)))
+        splits = dict(datasets.load_dataset("imagefolder", data_dir=str(folder), drop_labels=True))
     except (FileNotFoundError, ValueError) as error:
         raise FileNotFoundError(
             f"{folder.resolve()} holds neither train*.parquet nor images: use the Hub's parquet layout or "
             "train/<class>/*.png"
         ) from error
+    return _label_by_folder(splits)
+
+
+def _label_by_folder(splits: dict[str, Dataset]) -> dict[str, Dataset]:
+    """Class folders as labels, which imagefolder drops from all splits where one has none."""
+    folders = {}
+    for name, split in splits.items():
+        if split.column_names != ["image"]:  # it has a metadata file
+            continue
+        files = split.cast_column("image", Image(decode=False))[:]["image"]
+        folders[name] = [PurePath(file["path"].split("::")[0]).parent for file in files]  # of a zip, the path within
+        depths = Counter(len(folder.parts) for folder in folders[name])
+        if len(depths) > 1:
+            usual = depths.most_common(1)[0][0]
+            odd = next(i for i, folder in enumerate(folders[name]) if len(folder.parts) != usual)
+            raise ValueError(
+                f"{files[odd]['path']} is not as deep in its folders as the other images of {name}: move it into a "
+                f"class folder like theirs ({name}/<class>/*.png), or all of them out of theirs"
+            )
+
+    classes = {name: {folder.name for folder in own} for name, own in folders.items()}
+    labelled = [name for name in folders if len(classes[name]) > 1]
+    if "train" in labelled:  # another split may have a single one of its classes, in a folder as deep
+        depth = len(folders["train"][0].parts)
+        labelled = [name for name in folders if name in labelled or len(folders[name][0].parts) == depth]
+    names = sorted(set().union(*(classes[name] for name in labelled)))
+    number = {label: i for i, label in enumerate(names)}
+    for name in labelled:
+        labels = [number[folder.name] for folder in folders[name]]
+        splits[name] = splits[name].add_column("label", labels, feature=ClassLabel(names=names))
+    return splits
 
 
 def _load_digits() -> dict[str, Dataset]:

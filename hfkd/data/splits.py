@@ -242,17 +242,26 @@ def make_task_data(
             rng = np.random.default_rng([options.seed if origin[name] == "train" else 0, 5])
             rows[name] = _at_most(options.max_eval_samples, own, rows[name], rng)
     trained = _budget_and_noise(labels["train"], rows["train"], options, label_names)
+    feature = None
+    if label_names is not None and not _are_numbers(label_names, splits["train"]):
+        feature = ClassLabel(names=list(label_names))
 
     def finish(name: str) -> Dataset:
         split = splits[origin[name]].select_columns(list(content)).rename_columns(content)
         own = trained if name == "train" else labels[origin[name]]
-        is_class = label_names is not None and own.dtype == np.int64
-        split = split.add_column("label", own, feature=ClassLabel(names=list(label_names)) if is_class else None)
+        split = split.add_column("label", own, feature=feature)
         return split.add_column("index", np.arange(len(split))).select(rows[name])
 
     finished = {name: finish(name) for name in rows}
     named = {name: finished.pop(name, None) for name in ("train", "validation", "test", "held_out")}
     return TaskData(**named, task=task, label_names=label_names, extra=finished)
+
+
+def _are_numbers(label_names: list[str], train: Dataset) -> bool:
+    """Whether the classes are numbers in the file: no names that a model's would have to agree with."""
+    column = find_label_column(train)
+    is_named = column is not None and isinstance(train.features[column], ClassLabel)
+    return not is_named and list(label_names) == [str(i) for i in range(len(label_names))]
 
 
 def _generator(options: SplitOptions, purpose: int) -> np.random.Generator:

@@ -32,6 +32,7 @@ def student_from_teacher(
         num_layers: How many layers the student has.
         layers: Which teacher layers they are, counted from 0 and rising, instead of ``num_layers``.
         label_names: Class names in the order of the student's data; the head is reordered where the teacher's differs.
+            Numbers from 0, in that order, leave the teacher's names.
 
     Returns:
         A model with weights of its own, on the CPU, in evaluation mode and the teacher's dtype.
@@ -89,11 +90,37 @@ def student_from_teacher(
 def _name_classes(student: PreTrainedModel, label_names: Sequence[str]) -> None:
     if len(label_names) != student.config.num_labels:
         raise ValueError(f"the teacher has {student.config.num_labels} classes, the data {len(label_names)}")
-    order = align_labels(label_names, named_labels(student.config), whose="the teacher")
+    names, numbers = named_labels(student.config), [str(i) for i in range(len(label_names))]
+    if list(label_names) == numbers and names is not None and {*names} != {*numbers}:
+        return  # a file has numbers where the teacher has names
+    order = align_labels(label_names, names, whose="the teacher")
     if order is not None:
-        heads = [m for m in student.modules() if isinstance(m, nn.Linear) and m.out_features == len(label_names)]
-        with torch.no_grad():
-            for parameter in heads[-1].parameters():
-                parameter.copy_(parameter[order])
+        reorder_head(student, order)
     student.config.id2label = dict(enumerate(label_names))
     student.config.label2id = {name: i for i, name in enumerate(label_names)}
+
+
+def reorder_head(model: PreTrainedModel, order: Sequence[int]) -> None:
+    """Let output i of a classifier be what its output ``order[i]`` was.
+
+    Raises:
+        ValueError: If no layer has so many outputs.
+    """
+    layers = [
+        (name.count("."), module)
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and len(module.weight) == len(order)
+    ]
+    if not layers:
+        raise ValueError(
+            f"no layer of {type(model).__name__} has {len(order)} outputs, so that its head cannot be reordered: name "
+            "the classes in its own order"
+        )
+    depth, last = layers[-1]
+    shape = last.weight.shape
+    for level, layer in layers:
+        # A distilled DeiT or LeViT has two heads; a square layer beside the head is one before it.
+        if layer is last or (level == depth and layer.weight.shape == shape and shape[0] != shape[1]):
+            with torch.no_grad():
+                for parameter in layer.parameters():
+                    parameter.copy_(parameter[order])

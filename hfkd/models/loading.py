@@ -1,5 +1,6 @@
 """One way to name a model: ours, timm's, a weights file, a folder, a Hub id."""
 
+import contextlib
 import json
 import re
 import textwrap
@@ -22,6 +23,8 @@ from transformers import (
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from hfkd.hub import remedy_for
+from hfkd.labels import align_labels, named_labels
+from hfkd.models.cut import reorder_head
 from hfkd.models.modeling_cifar import MODEL_NAMES, CifarConfig, CifarForImageClassification, find_architecture
 
 
@@ -52,8 +55,9 @@ def load_model(
     Args:
         name_or_path: What to load.
         task: ``"image-classification"`` or ``"text-classification"``.
-        label_names: Class names in label order. They replace the checkpoint's own, so leave them out for a teacher
-            that has some. A weights file with 10 classes has CIFAR-10's.
+        label_names: Class names in label order. Where they are the checkpoint's own in another order, its head follows
+            them; otherwise they replace its own, so leave them out for a teacher that has some. A weights file with
+            10 classes has CIFAR-10's.
         num_labels: Number of outputs if there are no names; 1 is regression.
         pretrained: Load weights; otherwise start timm and transformers models from random ones.
         refuse_new_head: Accept no randomly initialised weight: what a teacher needs.
@@ -127,6 +131,7 @@ def load_model(
             model = auto_class.from_config(config, trust_remote_code=trust_remote_code, dtype=config.dtype).eval()
             model.config._commit_hash = None  # a model card takes weights with one for that commit's
             return model
+        own_names = None if label_names is None else _own_names(name, options)
         model, info = auto_class.from_pretrained(
             name,
             **options,
@@ -163,6 +168,11 @@ def load_model(
             f"{name!r} has no trained weights of the right shape for {', '.join(fresh)}: "
             "fine-tune it on this task first (--train_teacher)"
         )
+    order = None
+    with contextlib.suppress(ValueError):  # other classes: the head learns them
+        order = align_labels(label_names, own_names, whose=name)
+    if order is not None:
+        reorder_head(model, order)
     if isinstance(model.config, TimmWrapperConfig) and model.config.model_args is None:
         model.config.model_args = {}  # timm itself reads what is saved, and no null there
     return model
@@ -290,6 +300,14 @@ def check_hub_id(name: str, revision: str | None = None) -> None:
 
 def _timm_name(name: str) -> str:
     return name.removeprefix("timm/").removeprefix("timm:")
+
+
+def _own_names(name: str, options: dict) -> list[str] | None:
+    """A checkpoint's class names; None where it has none."""
+    try:
+        return named_labels(AutoConfig.from_pretrained(name, **options))
+    except (OSError, KeyError):  # an adapter has no configuration, and some have names for other numbers
+        return None
 
 
 def _label_fields(label_names: Sequence[str] | None, num_labels: int | None) -> dict:

@@ -1,6 +1,8 @@
 import io
+import os
 import pickle
 import random
+import zipfile
 
 import datasets
 import numpy as np
@@ -601,6 +603,27 @@ def test_large_images_in_another_mode_are_others(make_split, processor):
     splits = [split.cast_column("image", datasets.Image(mode=mode)) for mode in (None, None, "L")]
     one, same, grey = (ImageDataset(one, processor).raw_bytes(np.arange(2)) for one in splits)
     assert one == same != grey
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_a_large_image_in_a_file_that_is_written_anew_is_another(tmp_path, processor, zipped):
+    path = tmp_path / "0.bmp"  # of the same size whatever it shows
+
+    def write(colour, second):
+        Image.new("RGB", (96, 96), (colour, 0, 0)).save(path)
+        if zipped:
+            zipfile.ZipFile(f"{path}.zip", "w").write(path, path.name)
+        for file in tmp_path.iterdir():
+            os.utime(file, ns=(second * 10**9, second * 10**9))
+
+    write(10, second=1)
+    name = f"zip://{path.name}::{path}.zip" if zipped else str(path)
+    split = datasets.Dataset.from_dict({"image": [name], "label": [0], "index": [0]})
+    dataset = ImageDataset(split.cast_column("image", datasets.Image()), processor)
+    before = dataset.raw_bytes(np.arange(1))
+    assert dataset.raw_bytes(np.arange(1)) == before
+    write(200, second=2)
+    assert dataset.raw_bytes(np.arange(1)) != before
 
 
 @pytest.mark.parametrize(

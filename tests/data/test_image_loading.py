@@ -1,3 +1,5 @@
+import shutil
+
 import datasets
 import numpy as np
 import pytest
@@ -115,6 +117,66 @@ def test_images_without_classes_are_unlabelled(tmp_path):
         load_image_data("scans", data_dir=tmp_path, labels=5)
     with pytest.raises(ValueError, match="label_noise needs labels"):
         load_image_data("scans", data_dir=tmp_path, label_noise=0.1)
+
+
+def write_images(folder, *paths):
+    for i, path in enumerate(paths):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 20), (i, 0, 0)).save(folder / path)
+    return folder
+
+
+TWENTY = [f"train/{label}/{i}.png" for label in ("cat", "dog") for i in range(10)]
+
+
+def test_an_unlabelled_test_split_leaves_train_its_labels(tmp_path):
+    data = load_image_data("pets", data_dir=write_images(tmp_path, *TWENTY, "test/0.png", "test/1.png"))
+    assert data.label_names == ["cat", "dog"]
+    assert np.bincount(data.train["label"]).tolist() == [9, 9]
+    assert data.test is None
+    assert data.extra["predict"]["label"][:] == [-100, -100]
+    assert data.extra["predict"].features["label"].names == ["cat", "dog"]
+
+
+def test_split_folders_are_no_classes(tmp_path):
+    data = load_image_data(
+        "scans", data_dir=write_images(tmp_path, *(f"train/{i}.png" for i in range(10)), "test/0.png")
+    )
+    assert data.label_names is None
+    assert (set(data.train["label"]), data.test, len(data.extra["predict"])) == ({-100}, None, 1)
+
+
+@pytest.mark.parametrize(
+    ("test", "names", "labels"),
+    [(["test/dog/0.png"], ["cat", "dog"], [1]), (["test/ant/0.png", "test/dog/0.png"], ["ant", "cat", "dog"], [0, 2])],
+)
+def test_splits_may_have_fewer_classes_or_more(tmp_path, test, names, labels):
+    data = load_image_data("pets", data_dir=write_images(tmp_path, *TWENTY, *test))
+    assert (data.label_names, data.test["label"][:]) == (names, labels)
+
+
+def test_an_image_out_of_its_class_folder_is_refused(tmp_path):
+    write_images(tmp_path, *TWENTY, "train/cat/more/0.png")
+    with pytest.raises(ValueError, match="cat/more/0.png is not as deep .* of train: move it into a class folder"):
+        load_image_data("pets", data_dir=tmp_path)
+
+
+def test_zipped_class_folders(tmp_path):
+    write_images(tmp_path / "unpacked", *TWENTY)
+    (tmp_path / "packed").mkdir()
+    shutil.make_archive(str(tmp_path / "packed" / "train"), "zip", tmp_path / "unpacked" / "train")
+    data = load_image_data("pets", data_dir=tmp_path / "packed")
+    assert data.label_names == ["cat", "dog"]
+    assert sorted(row["image"].getpixel((0, 0))[0] // 10 == row["label"] for row in data.train) == [True] * 18
+
+
+def test_labels_from_a_metadata_file_go_before_folders(tmp_path):
+    write_images(tmp_path, *TWENTY)
+    rows = [f"{path.removeprefix('train/')},{'ab'[i % 2]}\n" for i, path in enumerate(TWENTY)]
+    (tmp_path / "train" / "metadata.csv").write_text("file_name,label\n" + "".join(rows))
+    data = load_image_data("pets", data_dir=tmp_path)
+    assert data.label_names == ["a", "b"]
+    assert all(row["image"].getpixel((0, 0))[0] % 2 == row["label"] for row in data.train)
 
 
 @pytest.mark.parametrize(

@@ -217,6 +217,13 @@ def test_labels_without_names(label_type):
     data = make(values * 10, label_type=label_type)
     assert data.label_names == (["no", "yes"] if label_type.dtype == "string" else ["0", "1"])
     assert set(data.train["label"]) == {0, 1}
+    named = ClassLabel(names=["no", "yes"]) if label_type.dtype == "string" else Value("int64")
+    assert data.train.features["label"] == data.validation.features["label"] == named
+
+
+def test_numbers_that_are_names_stay_names():
+    digits = ClassLabel(names=["0", "1"])
+    assert make([0, 1] * 10, label_type=digits).train.features["label"] == digits
 
 
 def test_whole_numbers_with_gaps_between_rows_are_classes():

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from hfkd.models import student_from_teacher
+from hfkd.models.cut import reorder_head
 
 
 SMALL = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24, "num_hidden_layers": 6, "num_labels": 3}
@@ -168,7 +169,32 @@ def test_the_head_follows_the_data_sets_order():
     tokens = torch.tensor([[1, 2, 3]])
     torch.testing.assert_close(student(tokens).logits, teacher(tokens).logits[:, [1, 2, 0]])
     assert student.config.id2label == {0: "yes", 1: "maybe", 2: "no"}
+    numbered = student_from_teacher(teacher, num_layers=2, label_names=["0", "1", "2"])
+    torch.testing.assert_close(numbered(tokens).logits, teacher(tokens).logits)
+    assert numbered.config.id2label == teacher.config.id2label
     with pytest.raises(ValueError, match="classes of the teacher are not the student's"):
         student_from_teacher(teacher, num_layers=1, label_names=["a", "b", "c"])
     with pytest.raises(ValueError, match="the teacher has 3 classes, the data 2"):
         student_from_teacher(teacher, num_layers=1, label_names=["no", "yes"])
+
+
+def test_both_heads_of_a_distilled_model_follow():
+    teacher = make("deit-distilled")
+    teacher.config.id2label = {0: "no", 1: "yes", 2: "maybe"}
+    student = student_from_teacher(teacher, num_layers=6, label_names=["yes", "maybe", "no"])
+    torch.testing.assert_close(logits(student), logits(teacher)[:, [1, 2, 0]])
+
+
+@pytest.mark.parametrize("name", ["distilbert", "roberta"])
+def test_a_layer_before_the_head_as_wide_as_it_stays(name):
+    model_class, config = TEACHERS[name]
+    config = copy.deepcopy(config)
+    config.id2label = {i: chr(97 + i) for i in range(16)}  # as many as the hidden states have
+    teacher = model_class(config).eval()
+    student = student_from_teacher(teacher, num_layers=6, label_names=[chr(112 - i) for i in range(16)])
+    torch.testing.assert_close(logits(student), logits(teacher).flip(1))
+
+
+def test_a_head_that_is_not_found_is_not_guessed():
+    with pytest.raises(ValueError, match="no layer of BertForSequenceClassification has 7 outputs"):
+        reorder_head(make("bert"), [*range(7)])

@@ -10,7 +10,7 @@ import pyarrow.parquet as parquet
 import pytest
 import timm
 import torch
-from helpers import DATA, tiny
+from helpers import DATA, FAMILIES, TEXT, named, rows, tiny, tiny_teacher
 from huggingface_hub.utils import HFValidationError
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -226,6 +226,21 @@ def test_labels_and_regression(bert):
     assert fresh.classifier.out_features == 4
     assert fresh.config.hidden_dropout_prob == 0
     assert not torch.equal(fresh.bert.embeddings.word_embeddings.weight, model.bert.embeddings.word_embeddings.weight)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_head_follows_names_in_another_order(tmp_path, family):
+    model = named(tiny_teacher(family), ["E", "d", "c", "b", "a"]).eval()
+    model.save_pretrained(tmp_path)
+    task = "text-classification" if family in TEXT else "image-classification"
+    loaded = load_model(tmp_path, task=task, label_names=list("abcde"))
+    assert loaded.config.id2label == dict(enumerate("abcde"))
+    inputs = rows(family, 4).columns[model.main_input_name]
+    torch.testing.assert_close(loaded(inputs).logits, model(inputs).logits[:, [4, 3, 2, 1, 0]])
+    same, others = (load_model(tmp_path, task=task, label_names=names) for names in (list("edcba"), list("vwxyz")))
+    for unchanged in (same, others):
+        torch.testing.assert_close(unchanged(inputs).logits, model(inputs).logits)
+    assert others.config.id2label == dict(enumerate("vwxyz"))
 
 
 def test_half_precision_files_load_as_float32(bert):
