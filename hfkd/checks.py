@@ -48,7 +48,7 @@ def check_student(model: nn.Module) -> None:
     if half:
         warnings.warn(
             f"the student's weights are {', '.join(map(str, half))}, which small steps do not move: load it with "
-            "dtype=torch.float32; bf16=True is for the time",
+            "dtype=torch.float32, and for speed pass bf16=True",
             UserWarning,
             stacklevel=3,
         )
