@@ -14,12 +14,11 @@ cosine schedule; for a pretrained transformer use --optim adamw_torch --learning
 import copy
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from transformers import set_seed
 
 from hfkd import DistillationTrainer, DistillationTrainingArguments, Distiller
-from hfkd.checkpoints import checkpoints_in, last_whole_checkpoint
+from hfkd.checkpoints import where_both_resume
 from hfkd.cli import check_conflicts, explain_refusals, json_table, parse_arguments
 from hfkd.data import ImageDataset, load_image_data, processor_for
 from hfkd.distillers import make_distiller
@@ -159,12 +158,9 @@ def run(
     teacher_folder = os.path.normpath(args.output_dir) + "-teacher"  # beside the student, whose folder is its own
     resume, teacher_resume = args.resume_from_checkpoint, None
     if train_teacher and resume:
-        if str(resume).lower() == "true" and not checkpoints_in(Path(args.output_dir)):
-            resume = None  # the run was stopped before the student had one
-        if resume or Path(teacher_folder, "config.json").is_file():
+        resume, is_finished, teacher_resume = where_both_resume(resume, args.output_dir, teacher_folder)
+        if is_finished:
             teacher_name, train_teacher = teacher_folder, False
-        else:
-            teacher_resume = last_whole_checkpoint(Path(teacher_folder))
     if teacher_name is not None:
         set_seed(args.seed)
         if train_teacher:

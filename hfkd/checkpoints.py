@@ -128,3 +128,23 @@ def checkpoint_to_resume(asked: str | Path | bool, output_dir: str) -> str:
             stacklevel=3,
         )
     return str(last)
+
+
+def where_both_resume(
+    asked: str | Path | bool, output_dir: str, teacher_folder: str
+) -> tuple[str | Path | bool | None, bool, Path | None]:
+    """Where a run that first trains its teacher, in a folder of its own, goes on.
+
+    Args:
+        asked: As for :func:`checkpoint_to_resume`.
+        output_dir: The student's folder.
+        teacher_folder: The teacher's.
+
+    Returns:
+        What the student resumes from (None: the run was stopped before it had a checkpoint), whether the teacher is
+        finished, and what the teacher resumes from where it is not (None: it starts).
+    """
+    if str(asked).lower() == "true" and not checkpoints_in(Path(output_dir)):
+        asked = None
+    is_finished = bool(asked) or Path(teacher_folder, "config.json").is_file()
+    return asked, is_finished, None if is_finished else last_whole_checkpoint(Path(teacher_folder))
