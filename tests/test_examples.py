@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -433,6 +434,9 @@ def test_a_run_that_trains_its_teacher_goes_on_wherever_it_was_stopped(
         rest, resumed = run(folder, "--resume_from_checkpoint", "true")
         assert rest == whole[done:]
         assert all(torch.equal(resumed[name], student[name]) for name in student)
+    shutil.rmtree(tmp_path / "whole" / "student-teacher")
+    with pytest.raises(ValueError, match="student-teacher"):  # not: another teacher, trained anew
+        run(tmp_path / "whole" / "student", "--resume_from_checkpoint", "true")
 
 
 def test_custom_distiller(image_teacher, tmp_path):
