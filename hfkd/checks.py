@@ -206,8 +206,8 @@ def check_image_processor(dataset: Dataset | None, processor: object) -> None:
     inner = innermost(dataset)
     if isinstance(processor, BaseImageProcessor) and isinstance(inner, ImageDataset) and not inner.suits(processor):
         raise ValueError(
-            "teacher_processing_class makes other images than those of the train set, in which the teacher has no "
-            "columns of its own: pass it as ImageDataset(..., teacher_processor=...), for the evaluation set too"
+            "teacher_processing_class makes other images than the teacher gets from the train set: pass it as "
+            "ImageDataset(..., teacher_processor=...), for the evaluation set too"
         )
 
 

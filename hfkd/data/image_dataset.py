@@ -140,11 +140,10 @@ class ImageDataset(Dataset):
             self._check_views(views)
 
     def suits(self, teacher_processor: BaseImageProcessor) -> bool:
-        """Whether the teacher gets its own images here, or would have the student's."""
-        if "teacher_pixel_values" in self.views:
-            return True
+        """Whether what the teacher gets here, images of its own or the student's, is what this processor makes."""
         first = self._decode(0)
-        return _View(teacher_processor, first.height, first.width).agrees_with(self.views["pixel_values"])
+        seen = self.views.get("teacher_pixel_values", self.views["pixel_values"])
+        return _View(teacher_processor, first.height, first.width).agrees_with(seen)
 
     def _check_views(self, views: int) -> None:
         if not self.is_augmented:

@@ -348,6 +348,9 @@ def test_teacher_columns_only_where_its_view_differs(make_split, processor, name
         if differs:
             expected = PROCESSORS[name](images=split["image"][:], return_tensors="pt")["pixel_values"]
             torch.testing.assert_close(batch["teacher_pixel_values"], expected, atol=1e-4, rtol=0)
+        assert dataset.suits(PROCESSORS[name])
+        assert dataset.suits(processor) != differs
+        assert ImageDataset(split, processor).suits(PROCESSORS[name]) != differs
 
 
 def test_small_teacher_view_follows_the_students_crop(make_split, processor):
