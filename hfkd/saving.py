@@ -230,10 +230,10 @@ class SavingTrainer(Trainer):
 
     # The Hub
 
-    def init_hf_repo(self, token=None, private=None):
+    def init_hf_repo(self, *args, **kwargs):  # private is an argument from 5.23 on
         name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
         with explained(f"cannot push to {name}"):
-            super().init_hf_repo(token, private)
+            super().init_hf_repo(*args, **kwargs)
 
     def push_to_hub(
         self, commit_message="End of training", blocking=True, token=None, revision=None, private=None, **kwargs
@@ -249,7 +249,7 @@ class SavingTrainer(Trainer):
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self.save_model(_internal_call=True)
         if self.hub_model_id is None:
-            self.init_hf_repo(token, private)
+            self.init_hf_repo(token, **({} if private is None else {"private": private}))
         if not self.is_world_process_zero():
             return None
         if own := getattr(self.model, "model_tags", None):

@@ -6,6 +6,7 @@ Every method meets an adapted student in ``test_under_conditions.py``, a folded 
 
 import pytest
 import torch
+import transformers
 from helpers import (
     Mutual,
     assert_identical,
@@ -18,6 +19,7 @@ from helpers import (
     tiny_teacher,
     weights,
 )
+from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from hfkd.distillers import AT, KD, HiddenStates
@@ -209,6 +211,9 @@ def test_an_adapter_saved_and_loaded_has_the_same_cache(tmp_path):
     assert (loaded.cache.hits, loaded.cache.misses) == (16, 0)
 
 
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.18"), reason="transformers 5.17 does not find an adapter's head"
+)
 @pytest.mark.parametrize("family", ["bert", "vit"])
 @pytest.mark.parametrize("cache", [False, True])
 def test_an_adapters_folder_is_a_teachers_name(tmp_path, family, cache):

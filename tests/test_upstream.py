@@ -54,6 +54,9 @@ OVERRIDDEN = {
 }
 
 
+FROM_5_23 = {"private"}  # no argument before
+
+
 def test_every_override_is_listed():
     own = {**vars(SavingTrainer), **vars(DistillationTrainer)}
     ours = {name for name, value in own.items() if callable(value) and hasattr(Trainer, name)}
@@ -64,9 +67,10 @@ def test_every_override_is_listed():
 def test_the_methods_we_override_have_the_signatures_we_know(name):
     upstream = list(inspect.signature(getattr(Trainer, name)).parameters)[1:]
     if OVERRIDDEN[name] is not None:
-        assert upstream == OVERRIDDEN[name]
+        assert {*OVERRIDDEN[name]} - {*upstream} <= FROM_5_23
+        assert upstream == [one for one in OVERRIDDEN[name] if one in upstream]
         ours = list(inspect.signature(getattr(DistillationTrainer, name)).parameters)[1:]
-        assert ours == upstream
+        assert ours in (OVERRIDDEN[name], ["args", "kwargs"])
 
 
 def test_callbacks_are_called_as_we_know():
