@@ -43,7 +43,7 @@ setup(
         "scikit-learn>=1.5",
         "scipy>=1.13",
         "numpy>=2.0",
-        "pillow>=10",
+        "pillow>=10.4",
         "safetensors>=0.8",
         "huggingface_hub>=1.5",
         "pyyaml>=6",
