@@ -4,10 +4,13 @@ A canary fails when upstream mends what it pins: then the workaround it names ca
 """
 
 import inspect
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import assert_identical, freeze_batch_norm, rows, tiny, tokenizer, weights
+from packaging.version import Version
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
@@ -71,6 +74,15 @@ def test_the_methods_we_override_have_the_signatures_we_know(name):
         assert upstream == [one for one in OVERRIDDEN[name] if one in upstream]
         ours = list(inspect.signature(getattr(DistillationTrainer, name)).parameters)[1:]
         assert ours in (OVERRIDDEN[name], ["args", "kwargs"])
+
+
+def test_the_oldest_versions_that_are_tried_are_those_that_an_installation_allows():
+    root = Path(__file__).parent.parent
+    required = re.search(r"install_requires=\[(.+?)\]", (root / "setup.py").read_text(), re.DOTALL)[1]
+    lowest = {name: Version(version) for name, version in re.findall(r'"([\w-]+)>=([\d.]+)', required)}
+    tried = dict(line.split("==") for line in (root / ".github/oldest.txt").read_text().splitlines())
+    assert len(lowest) == required.count('"') / 2
+    assert {name: Version(version) for name, version in tried.items()} == lowest
 
 
 def test_callbacks_are_called_as_we_know():
