@@ -433,6 +433,8 @@ CASES = [
      ValueError, ["--train_teacher", "name one with --teacher"]),
     ("cache of no teacher", lambda f: image(f, "--teacher_cache", f / "cache"),
      ValueError, ["--teacher_cache", "name one with --teacher"]),
+    ("precision of no teacher", lambda f: image(f, "--teacher_dtype", "bfloat16"),
+     ValueError, ["--teacher_dtype is about a teacher", "--teacher"]),
     ("epochs of no teacher's training", lambda f: image(f, "--teacher", "x", "--teacher_epochs", "2"),
      ValueError, ["--teacher_epochs", "--train_teacher", "add it"]),
     ("student alone of no run", lambda f: image(f, "--baseline", f / "nowhere"),
