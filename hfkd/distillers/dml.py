@@ -53,7 +53,7 @@ class DML(Distiller):
         weight: Weight of the divergence, not negative; the paper uses 1.
         peer: The other network. By default one of the student's configuration with fresh weights: pass one where the
             student starts from pretrained weights, or is a PEFT model.
-        peer_seed: Seed of the fresh weights.
+        peer_seed: Seed of the fresh weights: another than the one that the student was made with.
 
     Raises:
         ValueError: If the weight is negative, or the peer is of other classes than the student or starts from its very
@@ -65,7 +65,7 @@ class DML(Distiller):
 
     trains_teacher = True
 
-    def __init__(self, weight: float = 1.0, peer: nn.Module | None = None, peer_seed: int = 1):
+    def __init__(self, weight: float = 1.0, peer: nn.Module | None = None, peer_seed: int = 1000):
         super().__init__()
         check_not_negative(weight=weight)
         self.weight, self.peer_seed = weight, peer_seed

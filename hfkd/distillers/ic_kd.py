@@ -202,7 +202,7 @@ class InContextKD(Distiller):
         student_layers: Sequence[str] | None = None,
         teacher_layers: Sequence[str] | None = None,
         peer: nn.Module | None = None,
-        peer_seed: int = 1,
+        peer_seed: int = 1000,
     ):
         super().__init__()
         if mode not in MODES:
