@@ -41,7 +41,7 @@ setup(
         "timm>=1.0.23",
         "peft>=0.20",
         "scikit-learn>=1.5",
-        "scipy>=1.13",
+        "scipy>=1.14",
         "numpy>=2.0",
         "pillow>=10.4",
         "safetensors>=0.8",

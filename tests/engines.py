@@ -45,7 +45,7 @@ from test_contract import build, build_double  # found by the line above
 
 
 # transformers 5.17 reads an optimizer's tensors to "cpu:0", which torch does not know; later ones to "cpu".
-torch.serialization.register_package(100, lambda _: None, lambda kept, where: kept if where == "cpu:0" else None)
+torch.serialization.register_package(517, lambda _: None, lambda kept, where: kept if where == "cpu:0" else None)
 
 WORLD, OPTIONS = 1, {}  # set by main
 

@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 from filelock import FileLock
 from helpers import assert_identical, largest_difference
+from packaging.version import Version
 from transformers import AutoModelForImageClassification
 
 from hfkd.saving import DISTILLER_NAME
@@ -62,6 +63,8 @@ def launched(launch, tmp_path_factory):
     root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
 
     def run(name) -> Path:
+        if name.startswith("fsdp") and Version(torch.__version__) < Version("2.15"):
+            pytest.skip("with torch 2.11 gloo's collectives do not match in saving a sharded checkpoint")
         engine, processes, wanted = LAUNCHES[name]
         folder = root / f"engines-{name}"
         agents = [["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]]
