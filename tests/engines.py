@@ -44,9 +44,6 @@ sys.path.append(str(Path(__file__).parent / "distillers"))
 from test_contract import build, build_double  # found by the line above
 
 
-# transformers 5.17 reads an optimizer's tensors to "cpu:0", which torch does not know; later ones to "cpu".
-torch.serialization.register_package(517, lambda _: None, lambda kept, where: kept if where == "cpu:0" else None)
-
 WORLD, OPTIONS = 1, {}  # set by main
 
 METHODS = {
@@ -260,6 +257,8 @@ def pretend() -> None:
 
 def main():
     global WORLD
+    # transformers 5.17 reads an optimizer's tensors to "cpu:0", which torch does not know; later ones to "cpu".
+    torch.serialization.register_package(100, lambda _: None, lambda kept, where: kept if where == "cpu:0" else None)
     parser = argparse.ArgumentParser()
     parser.add_argument("engine", choices=["ddp", "fsdp"])
     parser.add_argument("folder", type=Path)
