@@ -45,7 +45,7 @@ setup(
         "numpy>=2.0",
         "pillow>=10.4",
         "safetensors>=0.8",
-        "huggingface_hub>=1.5",
+        "huggingface_hub>=1.33",
         "pyyaml>=6",
         "torchvision>=0.26",
         "matplotlib>=3.9",
