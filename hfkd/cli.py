@@ -108,9 +108,12 @@ def check_conflicts(model_args, args) -> None:
         ValueError: If there is one.
     """
     if model_args.teacher is None:
-        about = {"train_teacher": model_args.train_teacher} | vars(args)
-        for flag in ("train_teacher", "teacher_cache", "teacher_dtype"):
-            if about[flag]:
+        for flag, value in {
+            "train_teacher": model_args.train_teacher,
+            "teacher_cache": args.teacher_cache,
+            "teacher_dtype": args.teacher_dtype,
+        }.items():
+            if value:
                 raise ValueError(f"--{flag} is about a teacher, and there is none: name one with --teacher")
     if model_args.teacher_epochs is not None and not model_args.train_teacher:
         raise ValueError("--teacher_epochs is about --train_teacher, which is not there: add it, or leave that out")
